@@ -1,0 +1,48 @@
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/core/environment.h"
+#include "meshloom/core/export.h"
+
+namespace meshloom::comm {
+
+struct GroupOptions {
+  std::string name = "world";
+  std::chrono::milliseconds timeout{std::chrono::seconds(600)};
+  bool deterministic = false;
+};
+
+/// `size` communicators of one process that move data between threads. Hand one to each thread.
+[[nodiscard]] MESHLOOM_API std::vector<Communicator> make_thread_world(
+    int size, const GroupOptions& options = {});
+
+/// Runs `body(communicator)` on `size` threads, joins them, and rethrows the first failure (by
+/// rank; a failed rank aborts the world so that no other rank waits for it). Each thread gets
+/// `threads_per_rank` intra-op threads.
+MESHLOOM_API void run_thread_ranks(int size, const std::function<void(Communicator)>& body,
+                                   const GroupOptions& options = {}, int threads_per_rank = 1);
+
+/// The process's place under mpirun (or a world of one without it). One progress thread owns MPI.
+/// @throws NotSupported  built without MPI.
+[[nodiscard]] MESHLOOM_API Communicator make_mpi_world(const GroupOptions& options = {});
+
+/// Rank `rank` of a world of `size` that moves nothing: shapes, order and accounting only.
+[[nodiscard]] MESHLOOM_API Communicator make_fake_world(int rank, int size,
+                                                        const GroupOptions& options = {});
+
+/// NCCL over CUDA devices; `bootstrap` broadcasts the unique id and gathers host facts.
+/// @throws NotSupported  built without NCCL, or LibTorch without CUDA.
+[[nodiscard]] MESHLOOM_API Communicator make_nccl_world(Communicator bootstrap, int device,
+                                                        const GroupOptions& options = {});
+
+/// What the launcher's variables say: mpirun (OMPI_COMM_WORLD_SIZE, PMI_SIZE), Slurm with PMI, or a
+/// world of one. torchrun's variables need a c10d group: see `meshloom.Communicator.from_env`.
+[[nodiscard]] MESHLOOM_API Communicator make_world(const Environment& environment,
+                                                   const GroupOptions& options = {});
+
+}  // namespace meshloom::comm

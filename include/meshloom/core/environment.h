@@ -1,0 +1,26 @@
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include "meshloom/core/export.h"
+
+namespace meshloom {
+
+/// Every environment variable that Meshloom reads, in one place. Read once by `from_process`, then
+/// passed by value: nothing else calls getenv.
+struct MESHLOOM_API Environment {
+  /// MESHLOOM_TIMEOUT_SECONDS: limit of every wait that neither its options nor its group set.
+  std::chrono::milliseconds timeout{std::chrono::seconds(600)};
+  /// MESHLOOM_LOG: off, error, warning, info or debug.
+  std::string log_level = "warning";
+  /// MESHLOOM_BACKEND: thread, mpi, nccl or torch; empty lets the launcher's variables decide.
+  std::string backend;
+  /// MESHLOOM_CPU: baseline, avx2 or avx512 caps the vector kernels; empty takes the best there is.
+  std::string cpu;
+
+  /// @throws InvalidArgument  a variable does not parse; the message names it.
+  [[nodiscard]] static Environment from_process();
+};
+
+}  // namespace meshloom

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "meshloom/core/export.h"
+
+namespace meshloom::model {
+
+/// Rotary embedding, in the forms of Hugging Face's `rope_type`.
+struct RopeConfig {
+  std::string type = "default";  ///< default, linear, llama3, yarn
+  double theta = 10000.0;
+  double factor = 1.0;
+  double low_freq_factor = 1.0;   ///< llama3
+  double high_freq_factor = 4.0;  ///< llama3
+  std::int64_t original_max_position_embeddings = 0;
+  double beta_fast = 32.0;         ///< yarn
+  double beta_slow = 1.0;          ///< yarn
+  double attention_factor = 0.0;   ///< yarn; 0: derived
+  double mscale = 0.0;             ///< yarn
+  double mscale_all_dim = 0.0;     ///< yarn
+  bool truncate = true;            ///< yarn
+};
+
+enum class RouterScore : std::uint8_t { kSoftmax, kSigmoid };
+
+/// Mixture-of-experts part; `experts == 0` means a dense model.
+struct MoeConfig {
+  std::int64_t experts = 0;
+  std::int64_t experts_per_token = 0;
+  std::int64_t intermediate_size = 0;  ///< of one expert
+  bool normalize_top_k = true;         ///< weights of the chosen experts sum to one
+  RouterScore score = RouterScore::kSoftmax;
+  double aux_loss_coefficient = 0.0;
+};
+
+/// A decoder language model, as its Hugging Face `config.json` describes it.
+struct MESHLOOM_API ModelConfig {
+  std::string model_type;  ///< llama, mistral, qwen2, qwen3, mixtral, qwen3_moe
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t intermediate_size = 0;
+  std::int64_t layers = 0;
+  std::int64_t heads = 0;
+  std::int64_t kv_heads = 0;
+  std::int64_t head_dim = 0;
+  double rms_norm_eps = 1e-6;
+  double initializer_range = 0.02;
+  bool tie_word_embeddings = false;
+  bool qkv_bias = false;
+  bool output_bias = false;  ///< of the attention output projection
+  bool mlp_bias = false;
+  bool qk_norm = false;
+  std::vector<std::int64_t> windows;  ///< [layers], tokens a query sees, itself included; 0: all
+  std::vector<bool> moe_layers;       ///< [layers]
+  RopeConfig rope;
+  MoeConfig moe;
+  std::int64_t bos_token_id = -1;
+  std::int64_t eos_token_id = -1;
+
+  /// Reads config.json as transformers 4 or 5 writes it.
+  /// @throws IoError       the file cannot be read.
+  /// @throws DataError     not JSON, or a field is missing or of the wrong type; names it.
+  /// @throws NotSupported  a model_type, activation or feature that is not built; names it.
+  [[nodiscard]] static ModelConfig load(const std::string& path);
+  [[nodiscard]] static ModelConfig from_json(const std::string& text);
+  /// A config.json that transformers opens.
+  [[nodiscard]] std::string to_json() const;
+
+  [[nodiscard]] std::int64_t parameter_count() const;
+};
+
+}  // namespace meshloom::model

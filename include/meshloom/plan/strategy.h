@@ -1,0 +1,52 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "meshloom/core/export.h"
+#include "meshloom/core/registry.h"
+#include "meshloom/plan/step_plan.h"
+
+namespace meshloom::plan {
+
+/// Everything a plan is a function of. Membership (`samples`) is frozen before balancing.
+struct MESHLOOM_API PlanProblem {
+  std::int64_t step = 0;
+  Layout layout;
+  std::int64_t capacity_tokens = 0;
+  Lockstep lockstep = Lockstep::kNone;
+  MemoryModel memory;
+  CostModel cost;
+  std::vector<SampleInfo> samples;
+  /// HDP ranks a node holds; 0: one node. Units inside a node are preferred.
+  int ranks_per_node = 0;
+
+  /// @throws InvalidArgument  names the field: non-positive capacity, empty or duplicate samples,
+  ///   tokens < 1, loss tokens outside 0..tokens, a sample that does not fit the whole axis.
+  void validate() const;
+};
+
+/// Decides which ranks work together on which samples. Implementations are pure: same problem, same
+/// slots, on every rank. They may reorder and cut, never borrow, drop or repeat samples.
+class MESHLOOM_API BalanceStrategy {
+ public:
+  virtual ~BalanceStrategy();
+  [[nodiscard]] virtual std::vector<Slot> assign(const PlanProblem& problem) const = 0;
+};
+
+using StrategyRegistry = Registry<BalanceStrategy>;
+
+/// A registry with `static`, `naive_hdp` and `balanced` (and what else is built in).
+[[nodiscard]] MESHLOOM_API std::shared_ptr<StrategyRegistry> make_strategy_registry();
+
+/// Validates the problem, runs the strategy, fills the prediction and verifies the result.
+/// @throws InvalidArgument  the problem is malformed.
+/// @throws PlanError        the strategy broke a contract; names slot, unit, rank, sample.
+[[nodiscard]] MESHLOOM_API StepPlan make_plan(const PlanProblem& problem, const std::string& name,
+                                              const BalanceStrategy& strategy);
+/// The same with a built-in strategy.
+[[nodiscard]] MESHLOOM_API StepPlan make_plan(const PlanProblem& problem,
+                                              const std::string& strategy = "balanced");
+
+}  // namespace meshloom::plan
