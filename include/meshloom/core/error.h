@@ -55,4 +55,9 @@ using Timeout = CodedError<ErrorCode::kTimeout>;                  ///< a wait ra
 using DataError = CodedError<ErrorCode::kData>;                   ///< unreadable or invalid data
 using IoError = CodedError<ErrorCode::kIo>;                       ///< the file system said no
 
+/// Throws the class that belongs to `code`; for code that adds context to an error in flight.
+[[noreturn]] MESHLOOM_API void throw_error(
+    ErrorCode code, std::string where, const std::string& message,
+    std::source_location location = std::source_location::current());
+
 }  // namespace meshloom

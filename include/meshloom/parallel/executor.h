@@ -1,84 +1,81 @@
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
-#include "meshloom/model/batch.h"
 #include "meshloom/model/router_balance.h"
 #include "meshloom/model/stage.h"
+#include "meshloom/parallel/sample_batch.h"
+#include "meshloom/parallel/span.h"
 #include "meshloom/parallel/zero1.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/step_plan.h"
 
 namespace meshloom::parallel {
 
-/// One span of a rank's time, for timelines and cost fitting.
-struct Span {
-  enum class Kind : std::uint8_t { kLoad, kForward, kBackward, kExchange, kWait, kReduce, kStep };
-  Kind kind = Kind::kForward;
-  std::chrono::nanoseconds begin{};  ///< since the step began on this rank
-  std::chrono::nanoseconds end{};
-  int slot = -1;
-  int unit = -1;
+/// Loss of one unit's share on this rank.
+struct UnitOutcome {
+  int slot = 0;
+  int unit = 0;
+  std::int64_t tokens = 0;
+  double loss_sum = 0.0;  ///< unweighted sum of token losses; NaN or Inf names the unit to blame
 };
-[[nodiscard]] MESHLOOM_API const char* to_string(Span::Kind kind);
 
 /// What one rank knows after running its program.
 struct StepOutcome {
-  double loss_sum = 0.0;    ///< token losses of this rank's micro-batches, unweighted
+  double loss_sum = 0.0;  ///< token losses of this rank's micro-batches, unweighted
   double z_loss_sum = 0.0;
   std::int64_t tokens = 0;  ///< processed by this rank
-  std::vector<Span> spans;
+  std::vector<UnitOutcome> units;
+  std::vector<Span> spans;  ///< in order of their end
 };
-
-/// Gives the documents of a sample: token ids and which of them are targets.
-struct SampleTokens {
-  std::vector<std::int32_t> tokens;
-  std::vector<std::uint8_t> loss_mask;  ///< empty: all
-};
-using SampleLoader = std::function<SampleTokens(std::int64_t sample_id)>;
-
-/// This rank's share of a unit: slices as DESIGN.md cuts them, labels shifted before slicing.
-/// @param index  position of this rank in unit.ranks
-[[nodiscard]] MESHLOOM_API model::SequenceBatch build_batch(const plan::StepPlan& plan,
-                                                            const plan::Unit& unit, int index,
-                                                            const SampleLoader& load,
-                                                            at::Device device);
 
 struct ExecutorOptions {
-  double aux_loss_coefficient = 0.0;
   double z_loss_coefficient = 0.0;
   bool record_spans = true;
-  /// Called between instructions, e.g. to notice a signal; may throw.
-  std::function<void()> between;
+  /// Called before each instruction, e.g. to inject failures in tests; may throw.
+  std::function<void(const plan::Instruction&)> before;
 };
 
-/// Interpreter of Programs on tensors, for one rank. Backward and forward of micro-batches run
-/// here; the optimizer update is the caller's (`on_step`).
+/// Makes the attention exchange of one micro-batch; the default is RingExchange for D > 1 and
+/// LocalAttention for D = 1.
+using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans)>;
+
+[[nodiscard]] MESHLOOM_API std::unique_ptr<model::AttentionExchange> make_exchange(
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans);
+
+/// Interpreter of Programs on tensors, for one rank: a table from instruction to action, and the
+/// micro-batches in flight. The optimizer update is the caller's (`on_step`). Not thread safe.
 class MESHLOOM_API Executor {
  public:
-  /// @param hdp  communicator over the HDP axis; outlives the executor's calls.
-  Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp, ExecutorOptions options);
+  /// @param stage  the model chunk of this rank; the caller may share it with other executors
+  /// @param hdp    communicator over the HDP axis
+  Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp,
+           ExecutorOptions options = {}, ExchangeFactory exchange = make_exchange);
   ~Executor();
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
 
-  /// Runs `program` of `plan`. Collective over the HDP axis. Gradients accumulate in `state`,
-  /// kReduce sums them, kStep calls `on_step` between reduce and gather.
+  /// Runs `program` of `plan`. Collective over the HDP axis. Gradients accumulate in `state`, which
+  /// is zeroed first; kReduce sums them, kStep calls `on_step`, then gathers parameters.
   /// @param balance  balance loss of MoE layers; may be null
-  /// @throws Error  with slot, unit and samples in its text; the communicator is aborted, `state`'s
-  ///   gradients are undefined.
+  /// @throws Error  with step, slot, unit and samples added to its text; the communicator is
+  ///   aborted with that text, gradients are undefined, parameters are those before the step unless
+  ///   kStep had begun.
   StepOutcome run(const plan::StepPlan& plan, const plan::Program& program,
                   const SampleLoader& load, Zero1& state, model::RouterBalance* balance,
                   const std::function<void()>& on_step);
 
-  /// Sum of token losses over `plan`, forward only, nothing updated. Collective.
+  /// Forward passes of `program` alone: nothing is saved, summed or updated. Collective.
+  /// @param balance  observes routing, e.g. for a counting pass; may be null
   StepOutcome evaluate(const plan::StepPlan& plan, const plan::Program& program,
-                       const SampleLoader& load, Zero1& state);
+                       const SampleLoader& load, Zero1& state,
+                       model::RouterBalance* balance = nullptr);
 
  private:
   class Impl;

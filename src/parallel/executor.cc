@@ -1,0 +1,261 @@
+#include "meshloom/parallel/executor.h"
+
+#include <ATen/core/Tensor.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "meshloom/core/check.h"
+#include "meshloom/model/activation_store.h"
+#include "meshloom/model/sharded_linear.h"
+#include "meshloom/model/token_dispatcher.h"
+#include "meshloom/parallel/ring_exchange.h"
+
+namespace meshloom::parallel {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+/// One slot's work on this rank, from load to backward.
+struct MicroBatch {
+  model::SequenceBatch batch;
+  std::unique_ptr<model::AttentionExchange> attention;
+  model::LocalDispatcher dispatcher;
+  model::ResidentActivations activations;
+};
+
+std::string describe(const plan::StepPlan& plan, const plan::Instruction& instruction) {
+  auto text = fmt::format("step {}, {}", plan.step, plan::to_string(instruction.op));
+  if (instruction.slot < 0) return text;
+  text += fmt::format(", slot {}", instruction.slot);
+  if (instruction.unit < 0) return text + ", idle";
+  const auto& unit = plan.slots[static_cast<std::size_t>(instruction.slot)]
+                         .units[static_cast<std::size_t>(instruction.unit)];
+  constexpr std::size_t kShown = 8;
+  const auto shown = std::min(unit.samples.size(), kShown);
+  text += fmt::format(", unit {} (ranks {}; samples {}{})", instruction.unit,
+                      fmt::join(unit.ranks, ","),
+                      fmt::join(unit.samples.begin(), unit.samples.begin() + shown, ","),
+                      shown < unit.samples.size() ? ",..." : "");
+  return text;
+}
+
+}  // namespace
+
+std::unique_ptr<model::AttentionExchange> make_exchange(const comm::Communicator& hdp,
+                                                        const plan::Unit& unit, SpanSink spans) {
+  switch (unit.exchange) {
+    case plan::Exchange::kLocal:
+      return std::make_unique<model::LocalAttention>();
+    case plan::Exchange::kRing:
+      return std::make_unique<RingExchange>(hdp, unit.ranks, std::move(spans));
+    default:
+      throw NotSupported("parallel.make_exchange",
+                         fmt::format("exchange \"{}\" is not built; use \"ring\"",
+                                     plan::to_string(unit.exchange)));
+  }
+}
+
+class Executor::Impl {
+ public:
+  Impl(std::shared_ptr<model::Stage> stage, comm::Communicator hdp, ExecutorOptions options,
+       ExchangeFactory exchange)
+      : stage_(std::move(stage)),
+        hdp_(std::move(hdp)),
+        options_(std::move(options)),
+        exchange_(std::move(exchange)) {}
+
+  struct Step {
+    const plan::StepPlan& plan;
+    const SampleLoader& load;
+    Zero1& state;
+    model::RouterBalance* balance;
+    const std::function<void()>& on_step;
+    bool training;
+    double loss_weight;
+    double z_loss_weight;
+    StepOutcome outcome;
+    std::map<std::pair<int, int>, MicroBatch> in_flight;  // (slot, chunk)
+  };
+
+  StepOutcome run(Step step, const plan::Program& program) {
+    if (step.training) step.state.zero_gradients();
+    for (const auto& instruction : program.instructions) {
+      try {
+        if (options_.before) options_.before(instruction);
+        const auto begin = Clock::now();
+        const auto kind = execute(step, instruction);
+        if (options_.record_spans) {
+          record(step, kind, instruction, begin, Clock::now());
+        }
+      } catch (const Error& error) {
+        const auto where = describe(step.plan, instruction);
+        const auto message =
+            fmt::format("rank {}/{} in {}: {}", hdp_.rank(), hdp_.size(), where, error.what());
+        hdp_.abort(message);
+        throw_error(error.code(), "parallel.executor", message, error.location());
+      } catch (const std::exception& error) {
+        const auto where = describe(step.plan, instruction);
+        hdp_.abort(
+            fmt::format("rank {}/{} in {}: {}", hdp_.rank(), hdp_.size(), where, error.what()));
+        throw;
+      }
+    }
+    return std::move(step.outcome);
+  }
+
+ private:
+  static void record(Step& step, Span::Kind kind, const plan::Instruction& instruction,
+                     Clock::time_point begin, Clock::time_point end) {
+    step.outcome.spans.push_back({.kind = kind,
+                                  .begin = begin,
+                                  .end = end,
+                                  .slot = instruction.slot,
+                                  .unit = instruction.unit});
+  }
+
+  Span::Kind execute(Step& step, const plan::Instruction& instruction) {
+    switch (instruction.op) {
+      case plan::Op::kLoad:
+        load(step, instruction);
+        return Span::Kind::kLoad;
+      case plan::Op::kForward:
+        forward(step, instruction);
+        return Span::Kind::kForward;
+      case plan::Op::kBackward:
+        if (step.training) backward(step, instruction);
+        return Span::Kind::kBackward;
+      case plan::Op::kReduce:
+        if (step.training) step.state.reduce();
+        return Span::Kind::kReduce;
+      case plan::Op::kStep:
+        if (step.training) {
+          step.on_step();
+          step.state.gather();
+        }
+        return Span::Kind::kStep;
+      case plan::Op::kSend:
+      case plan::Op::kReceive:
+      case plan::Op::kWeightGradient:
+        break;
+    }
+    throw NotSupported("parallel.executor", fmt::format("instruction \"{}\" is not built",
+                                                        plan::to_string(instruction.op)));
+  }
+
+  void load(Step& step, const plan::Instruction& instruction) {
+    auto& micro = step.in_flight[{instruction.slot, instruction.chunk}];
+    const auto device = step.state.values().device();
+    if (instruction.unit < 0) {
+      micro.batch = empty_batch(device);
+      micro.attention = std::make_unique<model::LocalAttention>();
+      return;
+    }
+    const auto& unit = step.plan.slots[static_cast<std::size_t>(instruction.slot)]
+                           .units[static_cast<std::size_t>(instruction.unit)];
+    const auto own = std::find(unit.ranks.begin(), unit.ranks.end(), hdp_.rank());
+    if (own == unit.ranks.end()) {
+      throw PlanError("parallel.executor", "the program loads a unit without this rank");
+    }
+    micro.batch =
+        build_batch(step.plan, unit, static_cast<int>(own - unit.ranks.begin()), step.load, device);
+    SpanSink sink;
+    if (options_.record_spans) {
+      sink = [&step, instruction](Span::Kind kind, Clock::time_point begin, Clock::time_point end) {
+        record(step, kind, instruction, begin, end);
+      };
+    }
+    micro.attention = exchange_(hdp_, unit, std::move(sink));
+  }
+
+  model::StageContext context(Step& step, MicroBatch& micro) {
+    auto& parameters = step.state.parameters();
+    return {.batch = micro.batch,
+            .parameters = parameters,
+            .attention = *micro.attention,
+            .dispatcher = micro.dispatcher,
+            .linear = linear_,
+            .balance = step.balance,
+            .gradients = step.training ? &parameters : nullptr,
+            .activations = step.training ? &micro.activations : nullptr,
+            .loss_weight = step.loss_weight,
+            .z_loss_weight = step.z_loss_weight};
+  }
+
+  void forward(Step& step, const plan::Instruction& instruction) {
+    const auto key = std::pair(instruction.slot, instruction.chunk);
+    auto& micro = step.in_flight.at(key);
+    const auto output = stage_->forward(context(step, micro), {});
+    step.outcome.loss_sum += output.loss_sum;
+    step.outcome.z_loss_sum += output.z_loss_sum;
+    step.outcome.tokens += micro.batch.size();
+    step.outcome.units.push_back({.slot = instruction.slot,
+                                  .unit = instruction.unit,
+                                  .tokens = micro.batch.size(),
+                                  .loss_sum = output.loss_sum});
+    if (!step.training) step.in_flight.erase(key);
+  }
+
+  void backward(Step& step, const plan::Instruction& instruction) {
+    const auto key = std::pair(instruction.slot, instruction.chunk);
+    auto& micro = step.in_flight.at(key);
+    stage_->backward(context(step, micro), {});
+    step.in_flight.erase(key);
+  }
+
+  std::shared_ptr<model::Stage> stage_;
+  comm::Communicator hdp_;
+  ExecutorOptions options_;
+  ExchangeFactory exchange_;
+  model::LocalLinear linear_;
+
+  friend class Executor;
+};
+
+Executor::Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp,
+                   ExecutorOptions options, ExchangeFactory exchange)
+    : impl_(std::make_unique<Impl>(std::move(stage), std::move(hdp), std::move(options),
+                                   std::move(exchange))) {}
+
+Executor::~Executor() = default;
+
+StepOutcome Executor::run(const plan::StepPlan& plan, const plan::Program& program,
+                          const SampleLoader& load, Zero1& state, model::RouterBalance* balance,
+                          const std::function<void()>& on_step) {
+  const auto loss_tokens = plan.total_loss_tokens();
+  MESHLOOM_CHECK_GT(loss_tokens, 0, "parallel.executor", "loss tokens of the step");
+  return impl_->run({.plan = plan,
+                     .load = load,
+                     .state = state,
+                     .balance = balance,
+                     .on_step = on_step,
+                     .training = true,
+                     .loss_weight = 1.0 / static_cast<double>(loss_tokens),
+                     .z_loss_weight = impl_->options_.z_loss_coefficient /
+                                      static_cast<double>(plan.total_tokens()),
+                     .outcome = {},
+                     .in_flight = {}},
+                    program);
+}
+
+StepOutcome Executor::evaluate(const plan::StepPlan& plan, const plan::Program& program,
+                               const SampleLoader& load, Zero1& state,
+                               model::RouterBalance* balance) {
+  const std::function<void()> none;
+  return impl_->run({.plan = plan,
+                     .load = load,
+                     .state = state,
+                     .balance = balance,
+                     .on_step = none,
+                     .training = false,
+                     .loss_weight = 1.0,
+                     .z_loss_weight = 0.0,
+                     .outcome = {},
+                     .in_flight = {}},
+                    program);
+}
+
+}  // namespace meshloom::parallel

@@ -1,0 +1,224 @@
+#include "meshloom/parallel/ring_exchange.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "meshloom/core/check.h"
+#include "meshloom/model/attention_kernel.h"
+#include "meshloom/plan/slicing.h"
+
+namespace meshloom::parallel {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr comm::CallOptions kExchangeCall{.timeout = std::nullopt, .purpose = "exchange"};
+
+/// Rows that member `member` of `degree` holds of the batch's documents.
+std::int64_t member_rows(const model::SequenceBatch& batch, int degree, int member) {
+  std::int64_t rows = 0;
+  for (const auto& document : batch.documents) {
+    for (const auto& range : plan::member_ranges(document.length, degree, member)) {
+      rows += range.size();
+    }
+  }
+  return rows;
+}
+
+/// Own queries against the keys of `member`, in document order; pairs in which no query sees a key
+/// are left out.
+std::vector<model::AttentionBlock> blocks_against(const model::SequenceBatch& batch, int degree,
+                                                  int member, std::int64_t window) {
+  std::vector<model::AttentionBlock> blocks;
+  std::int64_t q_row = 0;
+  std::int64_t k_row = 0;
+  for (const auto& document : batch.documents) {
+    const auto keys = plan::member_ranges(document.length, degree, member);
+    for (const auto& query : document.ranges) {
+      std::int64_t k_begin = k_row;
+      for (const auto& key : keys) {
+        const bool causal = key.begin < query.end;
+        const bool near = window == 0 || key.end - 1 > query.begin - window;
+        if (query.size() > 0 && key.size() > 0 && causal && near) {
+          blocks.push_back({.q_begin = q_row,
+                            .q_rows = query.size(),
+                            .q_position = query.begin,
+                            .k_begin = k_begin,
+                            .k_rows = key.size(),
+                            .k_position = key.begin});
+        }
+        k_begin += key.size();
+      }
+      q_row += query.size();
+    }
+    for (const auto& key : keys) k_row += key.size();
+  }
+  return blocks;
+}
+
+at::Tensor pack(const at::Tensor& k, const at::Tensor& v) {
+  auto packed = at::empty({2, k.size(0), k.size(1), k.size(2)}, k.options());
+  packed.select(0, 0).copy_(k);
+  packed.select(0, 1).copy_(v);
+  return packed;
+}
+
+at::ScalarType statistics_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// One grouped call in flight, and the tensors it fills.
+struct Flight {
+  comm::Work work;
+  Clock::time_point posted;
+};
+
+}  // namespace
+
+const char* to_string(Span::Kind kind) {
+  switch (kind) {
+    case Span::Kind::kLoad:
+      return "load";
+    case Span::Kind::kForward:
+      return "forward";
+    case Span::Kind::kBackward:
+      return "backward";
+    case Span::Kind::kExchange:
+      return "exchange";
+    case Span::Kind::kWait:
+      return "wait";
+    case Span::Kind::kReduce:
+      return "reduce";
+    case Span::Kind::kStep:
+      return "step";
+  }
+  return "unknown";
+}
+
+RingExchange::RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans)
+    : hdp_(std::move(hdp)), ranks_(std::move(ranks)), spans_(std::move(spans)) {
+  const auto own = std::find(ranks_.begin(), ranks_.end(), hdp_.rank());
+  MESHLOOM_CHECK(
+      own != ranks_.end(), "parallel.ring_exchange",
+      fmt::format("rank {} is not in the unit's ranks [{}]", hdp_.rank(), fmt::join(ranks_, ", ")));
+  index_ = static_cast<int>(own - ranks_.begin());
+}
+
+/// Waits and tells the span sink how long the transfer took and how much of it was exposed.
+static void finish(Flight& flight, const SpanSink& spans) {
+  const auto waiting = Clock::now();
+  flight.work.wait();
+  if (!spans) return;
+  const auto now = Clock::now();
+  spans(Span::Kind::kExchange, flight.posted, now);
+  spans(Span::Kind::kWait, waiting, now);
+}
+
+model::AttentionOutput RingExchange::forward(const at::Tensor& q, const at::Tensor& k,
+                                             const at::Tensor& v, const model::SequenceBatch& batch,
+                                             const model::AttentionOptions& options) {
+  const int size = degree();
+  const int next = ranks_[static_cast<std::size_t>((index_ + 1) % size)];
+  const int previous = ranks_[static_cast<std::size_t>((index_ + size - 1) % size)];
+  const auto statistics = q.options().dtype(statistics_type(q));
+  auto out = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
+  auto lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), statistics);
+
+  auto held = pack(k, v);
+  for (int step = 0; step < size; ++step) {
+    const int member = (index_ + size - step) % size;
+    at::Tensor incoming;
+    Flight flight;
+    if (step + 1 < size) {
+      const int sender = (member + size - 1) % size;
+      incoming =
+          at::empty({2, member_rows(batch, size, sender), k.size(1), k.size(2)}, k.options());
+      const comm::Transfer send{.peer = next, .tensor = &held};
+      const comm::Transfer receive{.peer = previous, .tensor = &incoming};
+      flight.posted = Clock::now();
+      flight.work = hdp_.send_receive({&send, 1}, {&receive, 1}, kExchangeCall);
+    }
+    const auto blocks = blocks_against(batch, size, member, options.window);
+    model::attention_forward_(out, lse, q, held.select(0, 0), held.select(0, 1), blocks, options);
+    if (step + 1 < size) {
+      finish(flight, spans_);
+      held = incoming;
+    }
+  }
+  return {.out = out.to(q.scalar_type()), .lse = lse};
+}
+
+// Step j holds the block of member index - j. In one grouped call it sends that block on, together
+// with the gradient of the block of step j - 1 (finished by then), and receives the next block and
+// what all earlier holders added to the gradient of the block held now. After the last step one
+// more transfer brings every gradient home.
+model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const at::Tensor& q,
+                                                 const at::Tensor& k, const at::Tensor& v,
+                                                 const model::AttentionOutput& forward,
+                                                 const model::SequenceBatch& batch,
+                                                 const model::AttentionOptions& options) {
+  const int size = degree();
+  const int next = ranks_[static_cast<std::size_t>((index_ + 1) % size)];
+  const int previous = ranks_[static_cast<std::size_t>((index_ + size - 1) % size)];
+  const auto statistics = q.options().dtype(statistics_type(q));
+  const auto delta = model::attention_delta(dout, forward.out);
+  auto dq = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
+
+  auto held = pack(k, v);
+  at::Tensor outgoing;  // gradient of the block of the step before, for the next rank
+  for (int step = 0; step < size; ++step) {
+    const int member = (index_ + size - step) % size;
+    at::Tensor incoming;
+    at::Tensor partial;
+    std::vector<comm::Transfer> sends;
+    std::vector<comm::Transfer> receives;
+    if (step > 0) {
+      partial = at::empty(held.sizes(), statistics);
+      sends.push_back({.peer = next, .tensor = &outgoing});
+      receives.push_back({.peer = previous, .tensor = &partial});
+    }
+    if (step + 1 < size) {
+      const int sender = (member + size - 1) % size;
+      incoming =
+          at::empty({2, member_rows(batch, size, sender), k.size(1), k.size(2)}, k.options());
+      sends.push_back({.peer = next, .tensor = &held});
+      receives.push_back({.peer = previous, .tensor = &incoming});
+    }
+    Flight flight{.work = {}, .posted = Clock::now()};
+    if (!sends.empty()) flight.work = hdp_.send_receive(sends, receives, kExchangeCall);
+
+    auto gradient = at::zeros(held.sizes(), statistics);
+    auto dk = gradient.select(0, 0);
+    auto dv = gradient.select(0, 1);
+    const auto blocks = blocks_against(batch, size, member, options.window);
+    model::attention_backward_(dq, dk, dv, dout, q, held.select(0, 0), held.select(0, 1),
+                               forward.lse, delta, blocks, options);
+    if (!sends.empty()) finish(flight, spans_);
+    if (step > 0) gradient.add_(partial);
+    outgoing = gradient;
+    held = incoming;
+  }
+  if (size > 1) {
+    auto home = at::empty({2, k.size(0), k.size(1), k.size(2)}, statistics);
+    const comm::Transfer send{.peer = next, .tensor = &outgoing};
+    const comm::Transfer receive{.peer = previous, .tensor = &home};
+    Flight flight{.work = {}, .posted = Clock::now()};
+    flight.work = hdp_.send_receive({&send, 1}, {&receive, 1}, kExchangeCall);
+    finish(flight, spans_);
+    outgoing = home;
+  }
+  const auto type = q.scalar_type();
+  return {.dq = dq.to(type),
+          .dk = outgoing.select(0, 0).to(type),
+          .dv = outgoing.select(0, 1).to(type)};
+}
+
+}  // namespace meshloom::parallel

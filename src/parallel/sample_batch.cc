@@ -1,0 +1,96 @@
+#include "meshloom/parallel/sample_batch.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+
+#include <unordered_map>
+
+#include "meshloom/core/check.h"
+#include "meshloom/plan/slicing.h"
+
+namespace meshloom::parallel {
+namespace {
+
+std::int64_t count_targets(const SampleTokens& document) {
+  if (document.tokens.empty()) return 0;
+  if (document.loss_mask.empty()) return static_cast<std::int64_t>(document.tokens.size()) - 1;
+  std::int64_t count = 0;
+  for (std::size_t t = 1; t < document.loss_mask.size(); ++t) count += document.loss_mask[t] != 0;
+  return count;
+}
+
+void check_document(const plan::SampleInfo& info, const SampleTokens& document) {
+  const auto tokens = static_cast<std::int64_t>(document.tokens.size());
+  if (tokens != info.tokens) {
+    throw DataError("parallel.build_batch", fmt::format("sample {} has {} tokens, the plan says {}",
+                                                        info.id, tokens, info.tokens));
+  }
+  if (!document.loss_mask.empty() && document.loss_mask.size() != document.tokens.size()) {
+    throw DataError("parallel.build_batch",
+                    fmt::format("sample {} has {} tokens and a loss mask of {}", info.id, tokens,
+                                document.loss_mask.size()));
+  }
+  const auto targets = count_targets(document);
+  if (targets != info.loss_tokens) {
+    throw DataError("parallel.build_batch",
+                    fmt::format("sample {} has {} loss tokens, the plan says {}", info.id, targets,
+                                info.loss_tokens));
+  }
+}
+
+}  // namespace
+
+model::SequenceBatch build_batch(const plan::StepPlan& plan, const plan::Unit& unit, int index,
+                                 const SampleLoader& load, c10::Device device) {
+  std::unordered_map<std::int64_t, const plan::SampleInfo*> by_id;
+  for (const auto& sample : plan.samples) by_id.emplace(sample.id, &sample);
+  const int degree = static_cast<int>(unit.ranks.size());
+  model::SequenceBatch batch;
+  std::int64_t rows = 0;
+  for (const auto id : unit.samples) {
+    const auto& info = *by_id.at(id);
+    batch.documents.push_back({.sample = id,
+                               .length = info.tokens,
+                               .ranges = plan::member_ranges(info.tokens, degree, index)});
+    rows += batch.documents.back().tokens();
+  }
+  const auto host = at::TensorOptions().dtype(at::kLong);
+  batch.tokens = at::empty({rows}, host);
+  batch.positions = at::empty({rows}, host);
+  batch.labels = at::empty({rows}, host);
+  auto* tokens = batch.tokens.mutable_data_ptr<std::int64_t>();
+  auto* positions = batch.positions.mutable_data_ptr<std::int64_t>();
+  auto* labels = batch.labels.mutable_data_ptr<std::int64_t>();
+  std::int64_t row = 0;
+  for (const auto& slice : batch.documents) {
+    const auto document = load(slice.sample);
+    check_document(*by_id.at(slice.sample), document);
+    for (const auto& range : slice.ranges) {
+      for (auto t = range.begin; t < range.end; ++t, ++row) {
+        const auto at = static_cast<std::size_t>(t);
+        tokens[row] = document.tokens[at];
+        positions[row] = t;
+        const bool target =
+            t + 1 < slice.length && (document.loss_mask.empty() || document.loss_mask[at + 1] != 0);
+        labels[row] = target ? document.tokens[at + 1] : model::kIgnoreLabel;
+      }
+    }
+  }
+  if (!device.is_cpu()) {
+    batch.tokens = batch.tokens.to(device);
+    batch.positions = batch.positions.to(device);
+    batch.labels = batch.labels.to(device);
+  }
+  return batch;
+}
+
+model::SequenceBatch empty_batch(c10::Device device) {
+  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
+  return {.tokens = at::empty({0}, options),
+          .positions = at::empty({0}, options),
+          .labels = at::empty({0}, options),
+          .documents = {}};
+}
+
+}  // namespace meshloom::parallel
