@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "meshloom/core/export.h"
 
@@ -18,6 +19,18 @@ struct MESHLOOM_API MemoryModel {
   /// Most tokens a unit of `degree` ranks may hold: floor(degree * capacity / resident_fraction).
   [[nodiscard]] std::int64_t unit_capacity(std::int64_t capacity_tokens, int degree,
                                            double offload) const;
+
+  /// The smallest ratio, in steps of 1/1024, at which a unit of `degree` ranks holds `tokens`;
+  /// empty where even ratio 1 does not.
+  [[nodiscard]] std::optional<double> offload_needed(std::int64_t capacity_tokens, int degree,
+                                                     std::int64_t tokens) const;
+
+  /// The fewest ranks, at most `most`, that hold `tokens` at a given ratio; empty where none do.
+  [[nodiscard]] std::optional<int> degree_needed(std::int64_t capacity_tokens, double offload,
+                                                 std::int64_t tokens, int most) const;
+
+  /// @throws InvalidArgument  a count is negative.
+  void validate() const;
 
   friend bool operator==(const MemoryModel&, const MemoryModel&) = default;
 };

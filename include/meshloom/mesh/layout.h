@@ -23,11 +23,15 @@ struct MESHLOOM_API Layout {
   int ep = 1;
   int chunks = 1;
 
+  /// Most ranks a layout may have; keeps hostile input from asking for absurd memory.
+  static constexpr int kMaxWorldSize = 1 << 24;
+
   [[nodiscard]] int world_size() const { return tp * hdp * pp; }
   [[nodiscard]] Coordinates coordinates(int rank) const;
   [[nodiscard]] int rank(const Coordinates& at) const;
 
-  /// @throws InvalidArgument  a size is below 1, or ep does not divide hdp; names the field.
+  /// @throws InvalidArgument  a size is below 1, ep does not divide hdp (the message lists the
+  ///   nearest that do), or the world is too large; names the field.
   void validate() const;
 
   /// Reads "hdp=4,tp=2". Unnamed sizes are 1.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "meshloom/core/export.h"
+#include "meshloom/mesh/rank_list.h"
 #include "meshloom/plan/step_plan.h"
 
 namespace meshloom::plan {
@@ -38,17 +39,17 @@ enum class RendezvousKind : std::uint8_t {
 
 struct Rendezvous {
   RendezvousKind kind = RendezvousKind::kExchange;
-  std::vector<int> ranks;  ///< world ranks; for exchanges in the unit's ring order
-  int count = 1;           ///< times it happens inside the instruction, e.g. once a layer
+  RankList ranks;  ///< world ranks; for exchanges in the unit's ring order
+  int count = 1;   ///< times it happens inside the instruction, e.g. once a layer
   friend bool operator==(const Rendezvous&, const Rendezvous&) = default;
 };
 
 struct Instruction {
   Op op = Op::kLoad;
-  int slot = -1;   ///< -1 for kReduce and kStep
-  int unit = -1;   ///< index in the slot; -1: idle member of a lockstep group, zero tokens
-  int chunk = 0;   ///< model chunk on this rank
-  int peer = -1;   ///< world rank, for kSend and kReceive
+  int slot = -1;          ///< -1 for kReduce and kStep
+  int unit = -1;          ///< index in the slot; -1: idle member of a lockstep group, zero tokens
+  int chunk = 0;          ///< model chunk on this rank
+  int peer = -1;          ///< world rank, for kSend and kReceive
   bool gradient = false;  ///< kSend / kReceive: a gradient (backward) rather than an activation
   bool defer_weight_gradient = false;  ///< kBackward
   std::vector<Rendezvous> rendezvous;

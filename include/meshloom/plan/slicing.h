@@ -15,7 +15,9 @@ struct TokenRange {
   friend bool operator==(const TokenRange&, const TokenRange&) = default;
 };
 
-/// Chunk k of 2D: [floor(k*s/2D), floor((k+1)*s/2D)) of a document of s tokens (DESIGN.md, Plan 9).
+/// Chunk k of 2D: [floor(k*s/2D), floor((k+1)*s/2D)) of a document of s tokens: cuts at
+/// floor(k*s/2D), so chunks of one document differ by at most one token.
+/// @throws InvalidArgument  tokens < 0, degree < 1, or chunk outside 0 .. 2D-1.
 [[nodiscard]] MESHLOOM_API TokenRange chunk_range(std::int64_t tokens, int degree, int chunk);
 
 /// What member `index` of a `degree`-rank unit holds of a document: chunk `index`, then chunk

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +24,9 @@ struct MESHLOOM_API PlanProblem {
   /// HDP ranks a node holds; 0: one node. Units inside a node are preferred.
   int ranks_per_node = 0;
 
+  /// Most tokens of one sample, and of a rank's capacity: sums and squares stay exact enough.
+  static constexpr std::int64_t kMaxTokens = std::int64_t{1} << 40;
+
   /// @throws InvalidArgument  names the field: non-positive capacity, empty or duplicate samples,
   ///   tokens < 1, loss tokens outside 0..tokens, a sample that does not fit the whole axis.
   void validate() const;
@@ -40,7 +45,12 @@ using StrategyRegistry = Registry<BalanceStrategy>;
 /// A registry with `static`, `naive_hdp` and `balanced` (and what else is built in).
 [[nodiscard]] MESHLOOM_API std::shared_ptr<StrategyRegistry> make_strategy_registry();
 
-/// Validates the problem, runs the strategy, fills the prediction and verifies the result.
+/// Wraps a function as a strategy.
+[[nodiscard]] MESHLOOM_API std::shared_ptr<BalanceStrategy> make_strategy(
+    std::function<std::vector<Slot>(const PlanProblem&)> assign);
+
+/// Validates the problem, runs the strategy, fills the prediction and verifies the result. With
+/// ep > 1 a `lockstep` of none becomes ep: dispatch is wider than a unit.
 /// @throws InvalidArgument  the problem is malformed.
 /// @throws PlanError        the strategy broke a contract; names slot, unit, rank, sample.
 [[nodiscard]] MESHLOOM_API StepPlan make_plan(const PlanProblem& problem, const std::string& name,
