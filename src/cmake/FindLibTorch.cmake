@@ -59,7 +59,10 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::c10)
   # The libraries of a CUDA wheel sit in sibling packages; torch's own run path finds them at run
   # time, the linker has to be told not to look.
   set_property(TARGET LibTorch::torch_cpu PROPERTY INTERFACE_LINK_OPTIONS
-    "LINKER:--allow-shlib-undefined" "LINKER:-rpath-link,${LibTorch_ROOT_DIR}/lib")
+    "LINKER:--allow-shlib-undefined" "LINKER:-rpath-link,${LibTorch_ROOT_DIR}/lib"
+    # Ubuntu links --as-needed: a program would drop LibTorch, and with it the path to it that
+    # libmeshloom relies on.
+    "LINKER:--no-as-needed")
   if(TARGET LibTorch::torch_cuda)
     set(LibTorch_HAS_CUDA ON)
     set_property(TARGET LibTorch::torch_cuda PROPERTY

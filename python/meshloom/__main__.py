@@ -1,0 +1,3 @@
+from meshloom.cli import main
+
+main()

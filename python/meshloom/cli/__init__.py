@@ -1,0 +1,7 @@
+"""The command `meshloom`."""
+
+
+def main() -> None:
+    from meshloom.cli.app import run
+
+    run()
