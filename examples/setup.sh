@@ -174,7 +174,8 @@ PY
 
 meshloom_pip_install() { # meshloom_pip_install requirements.txt
   "$MESHLOOM_ENV/bin/python" -m pip install --disable-pip-version-check \
-    --no-warn-script-location -r "$MESHLOOM_ROOT/python/$1" ||
+    --no-warn-script-location -r "$MESHLOOM_ROOT/python/$1" |
+    { grep --line-buffered -v '^Requirement already satisfied' || true; } ||
     meshloom_fail "pip could not install python/$1" \
       "Behind a proxy or a mirror: set PIP_INDEX_URL, PIP_FIND_LINKS or pip.conf as usual." \
       "A full disk? torch and its CUDA libraries take 5 GB in build/env; PIP_INDEX_URL may point at" \
