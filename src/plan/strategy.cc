@@ -90,6 +90,7 @@ std::shared_ptr<StrategyRegistry> make_strategy_registry() {
   auto registry = std::make_shared<StrategyRegistry>("plan.strategy");
   registry->add("static", make_static);
   registry->add("naive_hdp", make_naive_hdp);
+  registry->add("balanced", make_balanced);
   return registry;
 }
 

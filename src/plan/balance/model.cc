@@ -1,0 +1,60 @@
+#include "plan/balance/model.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "meshloom/plan/bounds.h"
+
+namespace meshloom::plan::balance {
+namespace {
+
+/// Relative slack of comparisons between times: rounding must not cost a rank.
+constexpr double kTimeSlack = 1e-9;
+
+std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Model::Model(const PlanProblem& problem)
+    : ranks(problem.layout.hdp),
+      ranks_per_node(problem.ranks_per_node > 0 ? std::min(problem.ranks_per_node, ranks) : ranks),
+      capacity(problem.capacity_tokens),
+      cost(problem.cost),
+      bound(lower_bound(problem)) {
+  items.resize(problem.samples.size());
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    items[i].sample = static_cast<int>(i);
+    items[i].tokens = problem.samples[i].tokens;
+  }
+  std::sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return a.tokens != b.tokens ? a.tokens > b.tokens : a.sample < b.sample;
+  });
+  for (Item& item : items) {
+    item.work = cost.work(item.tokens);
+    total_work += item.work;
+    total_tokens += item.tokens;
+    const std::int64_t needed = ceil_divide(item.tokens, capacity);
+    item.memory_degree = static_cast<int>(std::min<std::int64_t>(needed, ranks));
+    if (needed > ranks) {
+      item.offload = problem.memory.offload_needed(capacity, ranks, item.tokens).value_or(1.0);
+    }
+    if (item.memory_degree > 1) {
+      const double rounded =
+          std::min<double>(std::bit_ceil(static_cast<unsigned>(item.memory_degree)), ranks);
+      reference_exchange += (rounded - 1.0) * static_cast<double>(item.tokens);
+    }
+  }
+}
+
+int Model::degree(const Item& item, double limit) const {
+  if (time(item, item.memory_degree) <= limit * (1.0 + kTimeSlack)) return item.memory_degree;
+  const double transfer = cost.exchange * static_cast<double>(item.tokens);
+  const double left = limit - cost.fixed - transfer;
+  if (item.work <= transfer) return item.memory_degree;
+  if (left <= 0.0) return ranks;
+  const double needed = std::ceil((item.work - transfer) / left * (1.0 - kTimeSlack));
+  return std::max(item.memory_degree, static_cast<int>(std::min<double>(needed, ranks)));
+}
+
+}  // namespace meshloom::plan::balance

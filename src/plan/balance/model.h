@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "meshloom/plan/strategy.h"
+
+namespace meshloom::plan::balance {
+
+/// A sample as the scheduler sees it.
+struct Item {
+  int sample = 0;  ///< index into PlanProblem::samples
+  std::int64_t tokens = 0;
+  double work = 0.0;
+  int memory_degree = 1;  ///< fewest ranks that hold it
+  double offload = 0.0;   ///< ratio that `memory_degree` needs
+};
+
+/// The problem in the scheduler's terms: items longest first, figures that every phase needs.
+struct Model {
+  explicit Model(const PlanProblem& problem);
+
+  int ranks = 1;
+  int ranks_per_node = 1;  ///< `ranks` where the problem knows no nodes
+  std::int64_t capacity = 1;
+  CostModel cost;
+  std::vector<Item> items;
+  double total_work = 0.0;
+  std::int64_t total_tokens = 0;
+  double bound = 0.0;  ///< proven lower bound on the makespan
+  /// Exchange tokens of power-of-two degrees that just fit memory: the yardstick for traffic.
+  double reference_exchange = 0.0;
+
+  /// Time of a unit that holds this item alone, on each of its ranks.
+  [[nodiscard]] double time(const Item& item, int degree) const {
+    return cost.unit_time(item.work, item.tokens, degree);
+  }
+  /// Fewest ranks that hold the item and end it within `limit`; memory's degree if no number does.
+  [[nodiscard]] int degree(const Item& item, double limit) const;
+  /// What an item adds to a rank's time when it shares full bins: its work and its share of the
+  /// fixed cost.
+  [[nodiscard]] double share(const Item& item) const {
+    return item.work +
+           cost.fixed * static_cast<double>(item.tokens) / static_cast<double>(capacity);
+  }
+};
+
+}  // namespace meshloom::plan::balance
