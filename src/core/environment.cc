@@ -26,6 +26,9 @@ Environment Environment::from_process() {
   if (const auto text = variable("MESHLOOM_LOG"); !text.empty()) result.log_level = text;
   result.backend = variable("MESHLOOM_BACKEND");
   result.cpu = variable("MESHLOOM_CPU");
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK"}) {
+    result.under_mpi = result.under_mpi || !variable(name).empty();
+  }
   return result;
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "meshloom/comm/flight_recorder.h"
 #include "meshloom/comm/traffic.h"
 #include "meshloom/comm/work.h"
 #include "meshloom/core/export.h"
@@ -20,7 +21,8 @@ namespace meshloom::comm {
 
 namespace detail {
 class GroupImpl;
-}
+struct Request;
+}  // namespace detail
 
 enum class ReduceOp : std::uint8_t { kSum, kMax, kMin };
 
@@ -48,7 +50,8 @@ struct Transfer {
 /// bf16, fp16, int64, int32, uint8. Zero sizes are allowed everywhere.
 ///
 /// Errors: arguments that this rank can check alone throw InvalidArgument before anything is sent
-/// and leave the group usable. CommError and Timeout (from Work) leave the group aborted.
+/// and leave the group usable. CommError and Timeout come from Work, also for calls on a group that
+/// is already aborted, and leave the group aborted.
 class MESHLOOM_API Communicator {
  public:
   explicit Communicator(std::shared_ptr<detail::GroupImpl> impl);
@@ -106,10 +109,20 @@ class MESHLOOM_API Communicator {
   /// Fixed reduction order whatever the timing.
   [[nodiscard]] bool deterministic() const;
 
-  /// Ends every pending and future call on this rank with CommError; never waits for peers.
+  /// Ends every pending and future call on this rank with CommError; never waits for peers. They
+  /// are told where the backend can (thread, mpi). Groups split from this one are aborted too.
   void abort(const std::string& reason) noexcept;
 
+  /// The last calls of this rank, shared by all groups split from one world.
+  [[nodiscard]] FlightRecorder& recorder() const;
+
+  /// What this rank waits for now: a line per pending call of this group, with the peers that have
+  /// not answered where the backend knows them. Empty when nothing is pending.
+  [[nodiscard]] std::string pending_report() const;
+
  private:
+  [[nodiscard]] Work start(const detail::Request& request, const CallOptions& options);
+
   std::shared_ptr<detail::GroupImpl> impl_;
 };
 

@@ -11,12 +11,14 @@ struct TrafficEntry {
   std::int64_t calls = 0;
   std::int64_t sent_bytes = 0;      ///< payload this rank handed to other ranks (self excluded)
   std::int64_t received_bytes = 0;  ///< payload it got from other ranks
-  std::map<int, std::int64_t> sent_to;  ///< by peer (group rank), point-to-point and all_to_all only
+  std::map<int, std::int64_t>
+      sent_to;  ///< by peer (group rank), point-to-point and all_to_all only
 };
 
 /// By purpose (CallOptions::purpose). For collectives without a peer the payload is what any
-/// bandwidth-optimal algorithm must move: all_gather (sum(rows) - own), reduce_scatter the same,
-/// all_reduce 2 (n-1)/n of the tensor, broadcast the tensor once per receiver at the root.
+/// bandwidth-optimal algorithm must move, with n ranks: all_gather sends the own rows n-1 times and
+/// receives the others' rows, reduce_scatter the reverse, all_reduce 2 (n-1)/n of the tensor each
+/// way, broadcast the tensor once per receiver at the root.
 using Traffic = std::map<std::string, TrafficEntry>;
 
 }  // namespace meshloom::comm

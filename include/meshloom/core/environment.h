@@ -18,6 +18,9 @@ struct MESHLOOM_API Environment {
   std::string backend;
   /// MESHLOOM_CPU: baseline, avx2 or avx512 caps the vector kernels; empty takes the best there is.
   std::string cpu;
+  /// True when mpirun, or srun with PMI, started this process (OMPI_COMM_WORLD_SIZE, PMI_SIZE,
+  /// PMI_RANK or PMIX_RANK is set).
+  bool under_mpi = false;
 
   /// @throws InvalidArgument  a variable does not parse; the message names it.
   [[nodiscard]] static Environment from_process();

@@ -1,0 +1,98 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "comm/internal/request.h"
+#include "comm/internal/work_impl.h"
+#include "meshloom/comm/backends.h"
+#include "meshloom/comm/flight_recorder.h"
+#include "meshloom/comm/traffic.h"
+
+namespace meshloom::comm::detail {
+
+/// What every group of every backend carries.
+struct GroupInfo {
+  std::string name;
+  int rank = 0;
+  int size = 1;
+  std::chrono::milliseconds timeout{0};
+  bool deterministic = false;
+  std::shared_ptr<FlightRecorder> recorder;  // of this rank, shared with groups split from this one
+};
+
+/// Checks the sizes and fills the limit from options, then environment.
+/// @throws InvalidArgument  rank outside [0, size), or size below 1.
+[[nodiscard]] GroupInfo make_info(const GroupOptions& options, int rank, int size);
+
+/// A group split from `parent`: place and name are new, everything else is inherited.
+[[nodiscard]] GroupInfo child_info(const GroupInfo& parent, const std::string& name, int rank,
+                                   int size);
+
+/// One group as one rank sees it. `Communicator` validates, accounts and records; a backend moves
+/// the data. Backends implement the pure functions only.
+class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
+ public:
+  explicit GroupImpl(GroupInfo info) : info_(std::move(info)) {}
+  virtual ~GroupImpl();
+  GroupImpl(const GroupImpl&) = delete;
+  GroupImpl& operator=(const GroupImpl&) = delete;
+
+  [[nodiscard]] const GroupInfo& info() const { return info_; }
+  [[nodiscard]] virtual std::string backend() const = 0;
+  [[nodiscard]] virtual at::Device device() const { return at::kCPU; }
+
+  /// Starts a call and returns; ends `work` now or later from any thread. Never throws for
+  /// transport failures (it fails the work instead). On an aborted group it fails the work.
+  virtual void start(const std::shared_ptr<WorkImpl>& work) = 0;
+
+  /// Ends every pending and future call, here and in groups split from this one; does not wait.
+  virtual void abort(const std::string& reason) noexcept = 0;
+
+  /// Peers that `work` still waits for, where known.
+  [[nodiscard]] virtual std::vector<int> missing(const WorkImpl& work) = 0;
+
+  struct SplitPlace {
+    std::vector<int> members;  // ranks of this group, in the new order
+    int rank = 0;              // own place in them
+    int color = 0;
+    std::int64_t number = 0;  // how many splits this group saw before; equal on all ranks
+    std::string name;
+  };
+  /// The group of `place.members`; every rank of this group calls it, those with a negative colour
+  /// with nullopt (they get null). Does not block.
+  [[nodiscard]] virtual std::shared_ptr<GroupImpl> make_child(
+      const std::optional<SplitPlace>& place) = 0;
+
+  /// Colour and key of every rank, in rank order.
+  [[nodiscard]] virtual std::vector<std::pair<int, int>> gather_colors(int color, int key,
+                                                                       const std::string& name);
+
+  /// Remembers a started call for `pending_report`.
+  void track(const std::shared_ptr<WorkImpl>& work);
+  [[nodiscard]] std::string pending_report();
+
+  // Accounts, kept by Communicator. One thread of a rank at a time calls a group, but any thread
+  // may read the account.
+  std::mutex account_mutex;
+  Traffic account;
+  std::int64_t collectives = 0;
+  std::int64_t exchanges = 0;
+  std::int64_t splits = 0;
+
+ private:
+  GroupInfo info_;
+  std::mutex tracked_mutex_;
+  std::deque<std::weak_ptr<WorkImpl>> tracked_;  // pending calls, oldest first, and some ended ones
+  std::size_t tracked_limit_ = 64;
+};
+
+}  // namespace meshloom::comm::detail

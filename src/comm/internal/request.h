@@ -1,0 +1,53 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "meshloom/comm/communicator.h"
+
+namespace meshloom::comm::detail {
+
+enum class Operation : std::uint8_t {
+  kAllReduce,
+  kAllGather,
+  kReduceScatter,
+  kAllToAll,
+  kBroadcast,
+  kBarrier,
+  kSendReceive,
+};
+
+struct Message {
+  int peer = 0;
+  at::Tensor tensor;
+};
+
+/// One validated call of one rank.
+struct Request {
+  Operation operation = Operation::kBarrier;
+  ReduceOp reduce = ReduceOp::kSum;
+  int root = 0;
+  at::Tensor input;                     // read; undefined for barrier and send_receive
+  at::Tensor output;                    // written, the input itself for in-place calls
+  std::vector<std::int64_t> send_rows;  // all_to_all; reduce_scatter: rows of each rank
+  std::vector<std::int64_t> recv_rows;  // all_to_all; all_gather: rows of each rank
+  std::vector<Message> sends;
+  std::vector<Message> receives;
+  std::int64_t sequence = 0;  // per group; collectives and send_receive are counted apart
+};
+
+[[nodiscard]] const char* name_of(Operation operation);
+[[nodiscard]] const char* name_of(ReduceOp op);
+
+/// What the ranks must agree on, as text: 'all_reduce(Float, 10 elements, sum)'.
+[[nodiscard]] std::string signature(const Request& request);
+
+/// Bytes of one row of `tensor` ([rows, ...]), also when it has no rows.
+[[nodiscard]] std::int64_t row_bytes(const at::Tensor& tensor);
+
+[[nodiscard]] std::int64_t sum(const std::vector<std::int64_t>& values);
+
+}  // namespace meshloom::comm::detail
