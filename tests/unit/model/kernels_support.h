@@ -19,6 +19,10 @@ namespace meshloom::model::testing {
 inline constexpr double kTolerance64 = 2e-13;
 inline constexpr double kTolerance32 = 2e-5;
 
+// Inputs have unit size: what should vanish, as the gradient of a softmax over one key, is measured
+// against this.
+inline constexpr double kSmallest = 1.0;
+
 inline double tolerance(at::ScalarType type) {
   return type == at::kDouble ? kTolerance64 : kTolerance32;
 }
@@ -31,7 +35,7 @@ inline ::testing::AssertionResult close(const at::Tensor& given, const at::Tenso
   if (expected.numel() == 0) return ::testing::AssertionSuccess();
   const at::Tensor a = given.detach().to(at::kDouble);
   const at::Tensor b = expected.detach().to(at::kDouble);
-  const double scale = std::max(b.abs().max().item<double>(), 1e-3);
+  const double scale = std::max(b.abs().max().item<double>(), kSmallest);
   const double error = (a - b).abs().max().item<double>() / scale;
   if (error <= limit) return ::testing::AssertionSuccess();
   return ::testing::AssertionFailure() << "relative difference " << error << " over " << limit;
