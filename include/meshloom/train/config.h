@@ -8,6 +8,7 @@
 #include "meshloom/core/export.h"
 #include "meshloom/cost/cost_model.h"
 #include "meshloom/mesh/layout.h"
+#include "meshloom/model/config.h"
 
 namespace meshloom::train {
 
@@ -21,11 +22,11 @@ struct AdamWOptions {
 };
 
 /// Factor on the learning rate by step: linear warm-up, then constant, linear or cosine down to
-/// `final_fraction` at `steps`.
+/// `final_fraction` at `steps`, and constant from there on.
 struct ScheduleOptions {
   std::string kind = "cosine";  ///< cosine, linear, constant
-  std::int64_t warmup = 0;
-  std::int64_t steps = 0;
+  std::int64_t warmup = 0;      ///< steps; step w < warmup runs at (w + 1) / (warmup + 1)
+  std::int64_t steps = 0;       ///< 0: the run's
   double final_fraction = 0.1;
 };
 
@@ -38,14 +39,15 @@ struct ParameterRule {
   bool frozen = false;
 };
 
+/// At most one is set; none where the program builds the model's config itself.
 struct ModelSection {
-  std::string path;      ///< Hugging Face folder with weights; or
-  std::string config;    ///< a config.json, weights initialised by `seed`; or
-  std::string preset;    ///< inline config as JSON text (the YAML's `model.config:` mapping)
+  std::string path;    ///< Hugging Face folder with weights
+  std::string config;  ///< a config.json; weights initialised by `seed`
+  std::string preset;  ///< the same as JSON text (in YAML: `config:` holding a mapping)
 };
 
 struct DataSection {
-  std::vector<std::string> paths;  ///< folders of text files, or .jsonl files
+  std::vector<std::string> paths;  ///< folders of text files, or .jsonl files; YAML takes one too
   std::vector<double> weights;     ///< one a path; empty: by size
   std::string tokenizer;           ///< tokenizer.json or SentencePiece model; empty: train one
   std::int64_t vocab_size = 8192;  ///< of a tokenizer trained here
@@ -56,23 +58,27 @@ struct DataSection {
 
 struct CheckpointSection {
   std::int64_t every_steps = 0;  ///< 0: only at the end
-  double every_minutes = 0.0;
-  int keep = 2;
-  bool resume = true;  ///< continue from the newest good checkpoint of the run folder
+  double every_minutes = 0.0;    ///< 0: by steps alone
+  int keep = 2;                  ///< newest complete ones; 0 keeps all
+  /// auto: continue from the newest good checkpoint of the run folder, reporting damaged ones;
+  /// strict: the newest has to be good; no: start over, moving the run folder's old records aside.
+  /// YAML's true and false mean auto and no.
+  std::string resume = "auto";
 };
 
-/// One training run, as config.yaml says it. Unknown keys are refused by name.
+/// One training run, as config.yaml says it. Unknown keys are refused by name, with the
+/// nearest known one.
 struct MESHLOOM_API TrainConfig {
   std::string run = "runs/run";
   std::uint64_t seed = 0;
   std::int64_t steps = 100;
-  Layout layout;
-  std::string device = "cpu";
+  Layout layout{.hdp = 0};    ///< hdp 0: all ranks
+  std::string device = "cpu";  ///< cpu, cuda (the rank's local device), cuda:N
   std::string dtype = "float32";  ///< compute: float32, bfloat16, float64
   bool deterministic = false;
   int threads = 0;  ///< intra-op threads of a rank; 0: cores / ranks on the host, at least 1
   std::int64_t global_batch_tokens = 0;
-  std::int64_t capacity_tokens = 0;
+  std::int64_t capacity_tokens = 0;  ///< of one rank for one unit; 0: see `resolve`
   std::string strategy = "balanced";
   std::optional<CostModel> cost;  ///< absent: measured while training
   double aux_loss_coefficient = -1.0;  ///< negative: the model config's
@@ -80,8 +86,10 @@ struct MESHLOOM_API TrainConfig {
   double z_loss_coefficient = 0.0;
   double clip_norm = 1.0;  ///< 0: none
   std::string nan_policy = "stop";  ///< stop, skip
-  std::int64_t evaluate_every = 0;
+  std::int64_t evaluate_every = 0;  ///< steps; 0: never
   std::int64_t evaluate_tokens = 65536;
+  std::int64_t timeline_steps = 16;  ///< newest steps in timeline.json; 0: no timeline
+  bool save_plans = true;            ///< plans/step-N.json
   double timeout_seconds = 600;
   ModelSection model;
   DataSection data;
@@ -90,11 +98,27 @@ struct MESHLOOM_API TrainConfig {
   std::vector<ParameterRule> rules;
   CheckpointSection checkpoint;
 
-  /// @throws IoError, DataError  not YAML, unknown key, wrong type or range; names file and key.
+  /// @throws IoError    the file cannot be read.
+  /// @throws DataError  not YAML, unknown key, wrong type or range; names file, line and key.
   [[nodiscard]] static TrainConfig load(const std::string& path);
+  /// @param name  of the text in messages, e.g. the file's path
   [[nodiscard]] static TrainConfig from_yaml(const std::string& text, const std::string& name);
+  /// Text that `from_yaml` reads back to an equal config.
   [[nodiscard]] std::string to_yaml() const;
+  /// @throws InvalidArgument  a value is out of range; names the key and both values.
   void validate() const;
+
+  /// Fills what depends on the world: layout.hdp, threads are left to the trainer.
+  /// `capacity_tokens` 0 becomes the larger of global_batch_tokens / hdp and the share of the
+  /// longest document on the whole axis, data.max_document_tokens / hdp, rounded up.
+  /// @throws InvalidArgument  the layout does not fit `world_size`, or max_document_tokens does not
+  ///   fit the axis.
+  void resolve(int world_size);
 };
+
+/// The model that the `model` section describes.
+/// @throws InvalidArgument  the section is empty.
+/// @throws IoError, DataError, NotSupported  as ModelConfig::load.
+[[nodiscard]] MESHLOOM_API model::ModelConfig load_model_config(const TrainConfig& config);
 
 }  // namespace meshloom::train

@@ -1,0 +1,76 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "meshloom/core/export.h"
+#include "meshloom/model/parameters.h"
+#include "meshloom/parallel/zero1.h"
+#include "meshloom/train/config.h"
+
+namespace meshloom::train {
+
+/// How one parameter is optimised.
+struct ParameterSetting {
+  std::string name;
+  double lr_factor = 1.0;
+  double weight_decay = 0.0;
+  bool frozen = false;
+  friend bool operator==(const ParameterSetting&, const ParameterSetting&) = default;
+};
+
+/// Settings of every parameter of the table, in its order: decay by the table's default (none on
+/// norms, biases and embeddings), then the first matching rule.
+/// @throws InvalidArgument  a rule matches no parameter; names it.
+[[nodiscard]] MESHLOOM_API std::vector<ParameterSetting> parameter_settings(
+    const model::ParameterTable& table, const AdamWOptions& options,
+    const std::vector<ParameterRule>& rules);
+
+/// AdamW on one rank's range of the flat parameter space. Element-wise, so any sharding gives the
+/// same update (to rounding of the vectorised kernel). Moments start at zero, in the master's dtype.
+/// Not collective; not thread safe.
+class MESHLOOM_API AdamW {
+ public:
+  /// @param range   own part of the flat space
+  /// @param master  [range.size()], fp32 or fp64; updated in place by `step`
+  AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
+        const AdamWOptions& options, const std::vector<ParameterRule>& rules);
+
+  /// Sum of squares over the trained elements of `gradient`, accumulated in fp64 in a fixed order.
+  /// @param gradient  [range.size()]
+  [[nodiscard]] double squared_norm(const at::Tensor& gradient) const;
+
+  /// One update with learning rate options.lr * factor * the parameter's own factor.
+  /// @param gradient  [range.size()], dtype of the master; multiplied by `scale` in place
+  void step(at::Tensor& gradient, double factor, double scale = 1.0);
+
+  [[nodiscard]] const at::Tensor& exp_avg() const { return exp_avg_; }
+  [[nodiscard]] const at::Tensor& exp_avg_sq() const { return exp_avg_sq_; }
+  /// Updates so far: what bias correction counts.
+  [[nodiscard]] std::int64_t updates() const { return updates_; }
+  void set_updates(std::int64_t updates) { updates_ = updates; }
+
+ private:
+  /// Neighbouring elements with equal settings, relative to the range.
+  struct Segment {
+    std::int64_t begin = 0;
+    std::int64_t end = 0;
+  };
+  struct Group {
+    double lr_factor = 1.0;
+    double weight_decay = 0.0;
+    std::vector<Segment> segments;
+  };
+
+  AdamWOptions options_;
+  at::Tensor master_;
+  at::Tensor exp_avg_;
+  at::Tensor exp_avg_sq_;
+  std::vector<Group> groups_;
+  std::int64_t updates_ = 0;
+};
+
+}  // namespace meshloom::train
