@@ -93,10 +93,8 @@ double AdamW::squared_norm(const at::Tensor& gradient) const {
   for (const Group& group : groups_) {
     for (const Segment& segment : group.segments) {
       for (std::int64_t at = segment.begin; at < segment.end; at += kNormPiece) {
-        const at::Tensor piece =
-            gradient.narrow(0, at, std::min(kNormPiece, segment.end - at));
-        const at::Tensor norm =
-            at::linalg_vector_norm(piece, 2, std::nullopt, false, at::kDouble);
+        const at::Tensor piece = gradient.narrow(0, at, std::min(kNormPiece, segment.end - at));
+        const at::Tensor norm = at::linalg_vector_norm(piece, 2, std::nullopt, false, at::kDouble);
         total.addcmul_(norm, norm);
       }
     }
@@ -108,8 +106,8 @@ void AdamW::step(at::Tensor& gradient, double factor, double scale) {
   MESHLOOM_CHECK_EQ(gradient.numel(), master_.numel(), "train.AdamW", "elements of gradient");
   if (scale != 1.0) gradient.mul_(scale);
   ++updates_;
-  const at::Tensor count = at::full({}, static_cast<double>(updates_),
-                                    master_.options().dtype(at::kFloat));
+  const at::Tensor count =
+      at::full({}, static_cast<double>(updates_), master_.options().dtype(at::kFloat));
   for (const Group& group : groups_) {
     std::vector<at::Tensor> values;
     std::vector<at::Tensor> gradients;

@@ -1,6 +1,7 @@
 #include "meshloom/train/config.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <cmath>
@@ -347,7 +348,8 @@ std::string TrainConfig::to_yaml() const {
   if (!model.path.empty()) text("path", model.path);
   if (!model.config.empty()) text("config", model.config);
   // JSON is YAML's flow style.
-  if (!model.preset.empty()) out << YAML::Key << "config" << YAML::Value << YAML::Load(model.preset);
+  if (!model.preset.empty())
+    out << YAML::Key << "config" << YAML::Value << YAML::Load(model.preset);
   out << YAML::EndMap;
   open("data");
   out << YAML::Key << "paths" << YAML::Value << YAML::Flow << YAML::BeginSeq;
@@ -405,9 +407,9 @@ void TrainConfig::resolve(int world_size) {
   if (layout.hdp == 0) layout.hdp = std::max(1, world_size / (layout.tp * layout.pp));
   layout.validate();
   if (layout.world_size() != world_size) {
-    throw InvalidArgument(kConfigWhere,
-                          fmt::format("layout {} needs {} ranks, the world has {}",
-                                      layout.to_string(), layout.world_size(), world_size));
+    throw InvalidArgument(
+        kConfigWhere, fmt::format("layout {} needs {} ranks, the world has {}", layout.to_string(),
+                                  layout.world_size(), world_size));
   }
   const auto share = [&](std::int64_t tokens) { return (tokens + layout.hdp - 1) / layout.hdp; };
   const std::int64_t longest = share(data.max_document_tokens);
@@ -424,7 +426,8 @@ void TrainConfig::resolve(int world_size) {
 }
 
 model::ModelConfig load_model_config(const TrainConfig& config) {
-  if (!config.model.path.empty()) return model::ModelConfig::load(config.model.path + "/config.json");
+  if (!config.model.path.empty())
+    return model::ModelConfig::load(config.model.path + "/config.json");
   if (!config.model.config.empty()) return model::ModelConfig::load(config.model.config);
   if (!config.model.preset.empty()) return model::ModelConfig::from_json(config.model.preset);
   throw InvalidArgument(kConfigWhere,

@@ -1,6 +1,7 @@
 #include "train/internal/yaml_section.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <charconv>
@@ -83,11 +84,10 @@ YamlSection::YamlSection(const YAML::Node& node, std::string prefix, std::string
                          std::map<std::string, int>& lines)
     : node_(node), prefix_(std::move(prefix)), file_(std::move(file)), lines_(&lines) {
   if (!node_.IsMap()) {
-    throw DataError("train.config",
-                    fmt::format("{}:{}: {}: expected a mapping of keys, got {}", file_,
-                                node_.Mark().line + 1,
-                                prefix_.empty() ? std::string("the file") : prefix_,
-                                kind_of(node_)));
+    throw DataError(
+        "train.config",
+        fmt::format("{}:{}: {}: expected a mapping of keys, got {}", file_, node_.Mark().line + 1,
+                    prefix_.empty() ? std::string("the file") : prefix_, kind_of(node_)));
   }
   std::vector<std::string> seen;
   for (const auto& entry : node_) {
@@ -106,8 +106,8 @@ std::string YamlSection::dotted(std::string_view key) const {
 
 void YamlSection::fail(const YAML::Node& at, const std::string& key,
                        const std::string& message) const {
-  throw DataError("train.config", fmt::format("{}:{}: {}: {}", file_, at.Mark().line + 1,
-                                              dotted(key), message));
+  throw DataError("train.config",
+                  fmt::format("{}:{}: {}: {}", file_, at.Mark().line + 1, dotted(key), message));
 }
 
 std::optional<YAML::Node> YamlSection::find(const char* key) {
@@ -123,8 +123,7 @@ std::optional<YAML::Node> YamlSection::find(const char* key) {
   return std::nullopt;
 }
 
-std::string YamlSection::text(const YAML::Node& node, const char* key,
-                              const char* expected) const {
+std::string YamlSection::text(const YAML::Node& node, const char* key, const char* expected) const {
   if (!node.IsScalar()) {
     fail(node, key, fmt::format("expected {}, got {}", expected, kind_of(node)));
   }

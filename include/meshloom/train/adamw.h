@@ -30,8 +30,8 @@ struct ParameterSetting {
     const std::vector<ParameterRule>& rules);
 
 /// AdamW on one rank's range of the flat parameter space. Element-wise, so any sharding gives the
-/// same update (to rounding of the vectorised kernel). Moments start at zero, in the master's dtype.
-/// Not collective; not thread safe.
+/// same update (to rounding of the vectorised kernel). Moments start at zero, in the master's
+/// dtype. Not collective; not thread safe.
 class MESHLOOM_API AdamW {
  public:
   /// @param range   own part of the flat space

@@ -72,19 +72,19 @@ struct MESHLOOM_API TrainConfig {
   std::string run = "runs/run";
   std::uint64_t seed = 0;
   std::int64_t steps = 100;
-  Layout layout{.hdp = 0};    ///< hdp 0: all ranks
-  std::string device = "cpu";  ///< cpu, cuda (the rank's local device), cuda:N
+  Layout layout{.hdp = 0};        ///< hdp 0: all ranks
+  std::string device = "cpu";     ///< cpu, cuda (the rank's local device), cuda:N
   std::string dtype = "float32";  ///< compute: float32, bfloat16, float64
   bool deterministic = false;
   int threads = 0;  ///< intra-op threads of a rank; 0: cores / ranks on the host, at least 1
   std::int64_t global_batch_tokens = 0;
   std::int64_t capacity_tokens = 0;  ///< of one rank for one unit; 0: see `resolve`
   std::string strategy = "balanced";
-  std::optional<CostModel> cost;  ///< absent: measured while training
-  double aux_loss_coefficient = -1.0;  ///< negative: the model config's
+  std::optional<CostModel> cost;           ///< absent: measured while training
+  double aux_loss_coefficient = -1.0;      ///< negative: the model config's
   std::string aux_loss = "global_lagged";  ///< none, sequence, global_lagged, global
   double z_loss_coefficient = 0.0;
-  double clip_norm = 1.0;  ///< 0: none
+  double clip_norm = 1.0;           ///< 0: none
   std::string nan_policy = "stop";  ///< stop, skip
   std::int64_t evaluate_every = 0;  ///< steps; 0: never
   std::int64_t evaluate_tokens = 65536;

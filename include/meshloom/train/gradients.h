@@ -22,13 +22,13 @@ struct GradientsOptions {
   std::string dtype = "float64";
   Layout layout;
   std::string strategy = "balanced";
-  std::int64_t capacity_tokens = 0;  ///< 0: what the longest document needs on the whole axis
+  std::int64_t capacity_tokens = 0;    ///< 0: what the longest document needs on the whole axis
   std::optional<plan::StepPlan> plan;  ///< runs this instead of a strategy's
   bool aux_loss = false;  ///< adds the `global` balance loss with the config's coefficient
 };
 
 struct GradientsResult {
-  double loss = 0.0;  ///< aux loss included where asked for
+  double loss = 0.0;               ///< aux loss included where asked for
   std::vector<std::string> names;  ///< of the model folder's tensors
   std::vector<at::Tensor> gradients;
   plan::StepPlan plan;

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/core/export.h"
+#include "meshloom/mesh/layout.h"
+#include "meshloom/model/parameters.h"
+#include "meshloom/parallel/zero1.h"
+
+namespace meshloom::train {
+
+/// A box of a row-major tensor.
+struct TensorBlock {
+  std::vector<std::int64_t> offset;
+  std::vector<std::int64_t> extent;
+  [[nodiscard]] std::int64_t elements() const;
+  friend bool operator==(const TensorBlock&, const TensorBlock&) = default;
+};
+
+/// Elements [begin, end) of a row-major tensor as boxes in memory order: at most 2 rank - 1.
+[[nodiscard]] MESHLOOM_API std::vector<TensorBlock> blocks_of_range(
+    const std::vector<std::int64_t>& shape, std::int64_t begin, std::int64_t end);
+
+/// A state that has one value a parameter element, e.g. "master" or "exp_avg": what this rank holds
+/// of it.
+struct ShardState {
+  std::string name;
+  at::Tensor values;  ///< [range.size()], contiguous
+};
+
+/// Everything of a checkpoint but its tensors.
+struct CheckpointInfo {
+  std::int64_t step = 0;                     ///< steps completed
+  Layout layout;                             ///< of the ranks that wrote it
+  std::map<std::string, std::string> texts;  ///< data position, config, ...
+  std::map<std::string, double> numbers;     ///< cost coefficients, counters, ...
+};
+
+/// Folders `<root>/step-N` that carry a manifest, newest first. Damaged ones are listed too.
+[[nodiscard]] MESHLOOM_API std::vector<std::string> list_checkpoints(const std::string& root);
+
+/// Writes `<root>/step-N` (docs/train.md has the format): each rank its own file under a temporary
+/// folder, synced to disk; then rank 0 writes the manifest and renames the folder. Older
+/// checkpoints beyond `keep` (0: none) are removed at the very end. `root` is one folder that all
+/// ranks see. Collective.
+/// @param range  this rank's part of the table's flat space; parts of all ranks cover it once
+/// @throws IoError  on all ranks alike, naming rank and file; earlier checkpoints are untouched
+///   and nothing of this one is left, the group stays usable.
+MESHLOOM_API void write_checkpoint(const std::string& root, const CheckpointInfo& info,
+                                   const model::ParameterTable& table, parallel::FlatRange range,
+                                   const std::vector<ShardState>& states, int keep,
+                                   comm::Communicator group);
+
+/// Reads one checkpoint folder, written by any number of ranks.
+class MESHLOOM_API CheckpointReader {
+ public:
+  /// Reads the manifest and checks that every file is there with its full size.
+  /// @throws IoError    the folder cannot be read.
+  /// @throws DataError  another format, or damage; names the file.
+  explicit CheckpointReader(const std::string& folder);
+  ~CheckpointReader();
+  CheckpointReader(CheckpointReader&&) noexcept;
+  CheckpointReader& operator=(CheckpointReader&&) noexcept;
+
+  [[nodiscard]] const CheckpointInfo& info() const;
+
+  /// Fills the elements of `range`, reading only the slices that overlap it; their checksums are
+  /// verified. Not collective.
+  /// @param values  [range.size()], contiguous, any float dtype and device
+  /// @throws DataError  a checksum differs, a slice is missing or a shape is another; names file
+  ///   and tensor. `values` is partly written.
+  void read(const model::ParameterTable& table, parallel::FlatRange range, const std::string& state,
+            at::Tensor& values) const;
+
+  /// Verifies every slice's checksum. @throws DataError  the first that differs.
+  void verify() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace meshloom::train

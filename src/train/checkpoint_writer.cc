@@ -1,0 +1,277 @@
+#include <ATen/core/Tensor.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <system_error>
+#include <utility>
+
+#include "meshloom/core/check.h"
+#include "meshloom/core/error.h"
+#include "meshloom/train/checkpoint.h"
+#include "train/internal/checkpoint_file.h"
+#include "train/internal/collective.h"
+
+namespace meshloom::train {
+
+namespace {
+
+constexpr const char* kWriteWhere = "train.write_checkpoint";
+
+using Json = nlohmann::json;
+
+void append_blocks(const std::vector<std::int64_t>& shape, std::size_t dim, TensorBlock prefix,
+                   std::int64_t begin, std::int64_t end, std::vector<TensorBlock>& result) {
+  if (begin >= end) return;
+  if (dim == shape.size()) {
+    result.push_back(std::move(prefix));
+    return;
+  }
+  std::int64_t stride = 1;
+  for (std::size_t d = dim + 1; d < shape.size(); ++d) stride *= shape[d];
+  const auto rows = [&](std::int64_t first, std::int64_t last) {
+    if (first >= last) return;
+    TensorBlock block = prefix;
+    block.offset.push_back(first);
+    block.extent.push_back(last - first);
+    for (std::size_t d = dim + 1; d < shape.size(); ++d) {
+      block.offset.push_back(0);
+      block.extent.push_back(shape[d]);
+    }
+    result.push_back(std::move(block));
+  };
+  const auto inside = [&](std::int64_t row, std::int64_t from, std::int64_t to) {
+    TensorBlock inner = prefix;
+    inner.offset.push_back(row);
+    inner.extent.push_back(1);
+    append_blocks(shape, dim + 1, std::move(inner), from, to, result);
+  };
+  const std::int64_t first = begin / stride;
+  const std::int64_t last = end / stride;
+  const std::int64_t head = begin % stride;
+  const std::int64_t tail = end % stride;
+  if (first == last) {
+    inside(first, head, tail);
+    return;
+  }
+  if (head != 0) inside(first, head, stride);
+  rows(first + (head != 0 ? 1 : 0), last);
+  if (tail != 0) inside(last, 0, tail);
+}
+
+const char* safetensors_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return "F64";
+    case at::kFloat:
+      return "F32";
+    case at::kBFloat16:
+      return "BF16";
+    default:
+      throw NotSupported(kWriteWhere,
+                         fmt::format("states of dtype {} are not built", c10::toString(type)));
+  }
+}
+
+/// A slice of one tensor on its way to the file.
+struct OutgoingSlice {
+  std::string state;
+  std::string name;
+  std::vector<std::int64_t> shape;
+  TensorBlock block;
+  at::Tensor values;
+};
+
+std::vector<OutgoingSlice> cut(const model::ParameterTable& table, parallel::FlatRange range,
+                               const std::vector<ShardState>& states) {
+  std::vector<OutgoingSlice> result;
+  for (const ShardState& state : states) {
+    MESHLOOM_CHECK_EQ(state.values.numel(), range.size(), kWriteWhere, "elements of a state");
+    for (const model::ParameterSpec& spec : table.parameters) {
+      const std::int64_t begin = std::max(spec.offset, range.begin);
+      const std::int64_t end = std::min(spec.offset + spec.elements(), range.end);
+      std::int64_t at = begin - range.begin;
+      for (TensorBlock& block :
+           blocks_of_range(spec.shape, begin - spec.offset, end - spec.offset)) {
+        const std::int64_t size = block.elements();
+        result.push_back({.state = state.name,
+                          .name = spec.name,
+                          .shape = spec.shape,
+                          .block = std::move(block),
+                          .values = state.values.narrow(0, at, size)});
+        at += size;
+      }
+    }
+  }
+  return result;
+}
+
+/// A safetensors file of slices, and what the manifest says about them.
+Json write_slices(const std::string& path, const std::vector<OutgoingSlice>& slices) {
+  Json header = Json::object();
+  Json listing = Json::array();
+  std::int64_t position = 0;
+  for (const OutgoingSlice& slice : slices) {
+    const std::int64_t bytes =
+        slice.values.numel() * static_cast<std::int64_t>(slice.values.element_size());
+    const char* dtype = safetensors_dtype(slice.values.scalar_type());
+    header[fmt::format("{}/{}@{}", slice.state, slice.name, fmt::join(slice.block.offset, ","))] = {
+        {"dtype", dtype},
+        {"shape", slice.block.extent},
+        {"data_offsets", {position, position + bytes}}};
+    listing.push_back({{"state", slice.state},
+                       {"tensor", slice.name},
+                       {"shape", slice.shape},
+                       {"dtype", dtype},
+                       {"offset", slice.block.offset},
+                       {"extent", slice.block.extent},
+                       {"begin", position},
+                       {"bytes", bytes}});
+    position += bytes;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  std::array<unsigned char, 8> length{};
+  for (std::size_t i = 0; i < length.size(); ++i) {
+    length[i] = static_cast<unsigned char>(text.size() >> (8 * i));
+  }
+  detail::DurableFile file(path);
+  file.write(length.data(), length.size());
+  file.write(text.data(), text.size());
+  for (std::size_t i = 0; i < slices.size(); ++i) {
+    const at::Tensor values = slices[i].values.cpu().contiguous();
+    const auto bytes = static_cast<std::size_t>(values.nbytes());
+    file.write(values.const_data_ptr(), bytes);
+    listing[i]["begin"] = listing[i]["begin"].get<std::int64_t>() +
+                          static_cast<std::int64_t>(length.size() + text.size());
+    listing[i]["xxh64"] = detail::hex64(detail::xxhash64(values.const_data_ptr(), bytes));
+  }
+  file.close();
+  return {{"bytes", file.bytes()}, {"slices", std::move(listing)}};
+}
+
+Json layout_json(const Layout& layout) {
+  return {{"tp", layout.tp},
+          {"hdp", layout.hdp},
+          {"pp", layout.pp},
+          {"ep", layout.ep},
+          {"chunks", layout.chunks}};
+}
+
+/// Runs on one rank; a failure is everybody's.
+template <class Body>
+void on_rank(comm::Communicator& group, int rank, const Body& body) {
+  std::optional<detail::LocalFailure> failure;
+  if (group.rank() == rank) {
+    try {
+      body();
+    } catch (const std::exception&) {
+      failure = detail::current_failure();
+    }
+  }
+  detail::agree(group, kWriteWhere, failure);
+}
+
+void remove_quietly(const std::string& path) {
+  std::error_code ignored;
+  std::filesystem::remove_all(path, ignored);
+}
+
+}  // namespace
+
+std::int64_t TensorBlock::elements() const {
+  std::int64_t result = 1;
+  for (const std::int64_t size : extent) result *= size;
+  return result;
+}
+
+std::vector<TensorBlock> blocks_of_range(const std::vector<std::int64_t>& shape, std::int64_t begin,
+                                         std::int64_t end) {
+  std::vector<TensorBlock> result;
+  append_blocks(shape, 0, {}, begin, end, result);
+  return result;
+}
+
+void write_checkpoint(const std::string& root, const CheckpointInfo& info,
+                      const model::ParameterTable& table, parallel::FlatRange range,
+                      const std::vector<ShardState>& states, int keep, comm::Communicator group) {
+  const std::string name = fmt::format("step-{:08d}", info.step);
+  const std::string target = fmt::format("{}/{}", root, name);
+  const std::string temporary = fmt::format("{}/.{}.writing", root, name);
+  const auto file_name = [](std::size_t rank) {
+    return fmt::format("rank-{:05d}.safetensors", rank);
+  };
+
+  on_rank(group, 0, [&] {
+    std::error_code error;
+    std::filesystem::remove_all(temporary, error);
+    std::filesystem::create_directories(temporary, error);
+    if (error) {
+      throw IoError(kWriteWhere, fmt::format("cannot create {}: {}", temporary, error.message()));
+    }
+  });
+  std::optional<detail::LocalFailure> failure;
+  std::string listing;
+  try {
+    const auto own = static_cast<std::size_t>(group.rank());
+    listing =
+        write_slices(fmt::format("{}/{}", temporary, file_name(own)), cut(table, range, states))
+            .dump();
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  if (const auto first = detail::first_failure(group, failure)) {
+    if (group.rank() == 0) remove_quietly(temporary);
+    throw_error(first->code, kWriteWhere,
+                fmt::format("{}; earlier checkpoints are untouched", first->message));
+  }
+
+  const std::vector<std::string> listings = detail::gather_text(group, listing);
+  on_rank(group, 0, [&] {
+    try {
+      Json files = Json::array();
+      for (std::size_t r = 0; r < listings.size(); ++r) {
+        Json entry = Json::parse(listings[r]);
+        entry["name"] = file_name(r);
+        files.push_back(std::move(entry));
+      }
+      const Json manifest = {{"format", detail::kCheckpointFormat},
+                             {"step", info.step},
+                             {"layout", layout_json(info.layout)},
+                             {"texts", info.texts},
+                             {"numbers", info.numbers},
+                             {"files", std::move(files)}};
+      const std::string text = manifest.dump();
+      const std::string sum = detail::hex64(detail::xxhash64(text.data(), text.size()));
+      detail::write_durably(fmt::format("{}/{}", temporary, detail::kManifestName),
+                            fmt::format("{{\"xxh64\":\"{}\",\"manifest\":{}}}\n", sum, text));
+      detail::sync_folder(temporary);
+      // A checkpoint of the same step is replaced only once the new one is complete.
+      const std::string replaced = fmt::format("{}/.{}.replaced", root, name);
+      remove_quietly(replaced);
+      if (std::filesystem::exists(target)) std::filesystem::rename(target, replaced);
+      std::filesystem::rename(temporary, target);
+      detail::sync_folder(root);
+      remove_quietly(replaced);
+      if (keep > 0) {
+        const std::vector<std::string> all = list_checkpoints(root);
+        for (std::size_t i = static_cast<std::size_t>(keep); i < all.size(); ++i) {
+          remove_quietly(all[i]);
+        }
+      }
+    } catch (const std::filesystem::filesystem_error& error) {
+      remove_quietly(temporary);
+      throw IoError(kWriteWhere, error.what());
+    } catch (const Error&) {
+      remove_quietly(temporary);
+      throw;
+    }
+  });
+}
+
+}  // namespace meshloom::train
