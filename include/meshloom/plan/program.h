@@ -52,7 +52,7 @@ struct Instruction {
   int peer = -1;          ///< world rank, for kSend and kReceive
   bool gradient = false;  ///< kSend / kReceive: a gradient (backward) rather than an activation
   bool defer_weight_gradient = false;  ///< kBackward
-  std::vector<Rendezvous> rendezvous;
+  std::vector<Rendezvous> rendezvous{};
   friend bool operator==(const Instruction&, const Instruction&) = default;
 };
 
