@@ -16,7 +16,7 @@ option(MESHLOOM_BUILD_PYTHON "Build the Python extension modules" ${PROJECT_IS_T
 option(MESHLOOM_WERROR "Treat warnings as errors" OFF)
 option(MESHLOOM_CCACHE "Compile through ccache where it is installed" ${PROJECT_IS_TOP_LEVEL})
 set(MESHLOOM_SANITIZE "" CACHE STRING "Sanitizers, comma separated: address,undefined or thread")
-foreach(feature TORCH MPI CUDA NCCL)
+foreach(feature TORCH MPI CUDA NCCL SENTENCEPIECE)
   set(MESHLOOM_WITH_${feature} AUTO CACHE STRING "Build with ${feature}: AUTO, ON or OFF")
   set_property(CACHE MESHLOOM_WITH_${feature} PROPERTY STRINGS AUTO ON OFF)
 endforeach()
@@ -90,3 +90,9 @@ if(MESHLOOM_HAS_TORCH AND NOT MESHLOOM_WITH_NCCL STREQUAL "OFF")
   find_package(NCCL)
 endif()
 meshloom_resolve(NCCL "${NCCL_FOUND}" "no NCCL was found (nccl.h in the CUDA toolkit or the nvidia-nccl wheel)")
+
+if(MESHLOOM_HAS_TORCH AND NOT MESHLOOM_WITH_SENTENCEPIECE STREQUAL "OFF")
+  find_package(SentencePiece)
+endif()
+meshloom_resolve(SENTENCEPIECE "${SentencePiece_FOUND}"
+  "no SentencePiece was found (Debian: libsentencepiece-dev)")
