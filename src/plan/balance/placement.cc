@@ -6,68 +6,178 @@
 
 namespace meshloom::plan::balance {
 
-std::size_t Placement::best_window(int degree, double time, double target,
-                                   const PlacementRule& rule, std::size_t first, std::size_t last,
-                                   double& price) const {
-  const auto width = static_cast<std::size_t>(degree);
-  std::size_t best = first;
-  price = std::numeric_limits<double>::infinity();
-  for (std::size_t begin = first; begin + width <= last; ++begin) {
-    const double start = load_[begin + width - 1];
-    const double gap = degree * start - (prefix_[begin + width] - prefix_[begin]);
-    const double over = std::max(0.0, start + time - target);
-    const double total = gap + degree * (rule.overflow * over + rule.low * start);
-    if (total < price) {
-      price = total;
-      best = begin;
-    }
-  }
-  return best;
+namespace {
+
+/// Without nodes, an axis beyond kWholeAxis ranks is searched in parts of kPart ranks.
+constexpr int kWholeAxis = 1024;
+constexpr int kPart = 256;
+/// Ranks that the search for one unit's place looks at.
+constexpr std::size_t kScanned = 1024;
+
+int part_size(const Model& model) {
+  if (model.ranks_per_node < model.ranks) return model.ranks_per_node;
+  return model.ranks <= kWholeAxis ? model.ranks : kPart;
 }
 
-void Placement::take_(std::size_t begin, int degree, double end, std::size_t last) {
-  const auto width = static_cast<std::size_t>(degree);
-  // Ranks behind the window that are less loaded than it will be move in front of it.
-  std::size_t to = begin;
-  std::size_t from = begin + width;
-  const std::size_t base = ranks_.size() - width;
-  while (from < last && load_[from] < end) {
-    load_[to] = load_[from];
-    rank_[to] = rank_[from];
-    ++to, ++from;
-  }
-  for (std::size_t i = 0; i < width; ++i) {
-    load_[to + i] = end;
-    rank_[to + i] = ranks_[base + i];
-  }
-  for (std::size_t i = begin; i < load_.size(); ++i) prefix_[i + 1] = prefix_[i] + load_[i];
+}  // namespace
+
+Placement::Placement(const Model& model)
+    : model_(model),
+      node_size_(static_cast<std::size_t>(part_size(model))),
+      nodes_((static_cast<std::size_t>(model.ranks) + node_size_ - 1) / node_size_) {}
+
+std::size_t Placement::node_end(std::size_t node) const {
+  return std::min(static_cast<std::size_t>(model_.ranks), (node + 1) * node_size_);
 }
 
-void Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule) {
+double Placement::mean_load(std::size_t node) const {
+  const std::size_t size = node_end(node) - node * node_size_;
+  return prefix_[node * (node_size_ + 1) + size] / static_cast<double>(size);
+}
+
+void Placement::reset_() {
   const auto ranks = static_cast<std::size_t>(model_.ranks);
   load_.assign(ranks, 0.0);
-  prefix_.assign(ranks + 1, 0.0);
+  prefix_.assign(nodes_ * (node_size_ + 1), 0.0);
   rank_.resize(ranks);
   std::iota(rank_.begin(), rank_.end(), 0);
+  node_order_.resize(nodes_);
+  std::iota(node_order_.begin(), node_order_.end(), std::size_t{0});
   ranks_.clear();
   offset_.assign(1, 0);
   start_.clear();
   end_.clear();
   gaps_ = 0.0;
+}
+
+Placement::Window Placement::window_in(std::size_t node, int degree, double time, double target,
+                                       const PlacementRule& rule) const {
+  const auto width = static_cast<std::size_t>(degree);
+  const std::size_t first = node * node_size_;
+  const double* prefix = prefix_.data() + node * (node_size_ + 1);
+  const std::size_t size = node_end(node) - first;
+  Window best;
+  best.price = std::numeric_limits<double>::infinity();
+  for (std::size_t at = 0; at + width <= size; ++at) {
+    const double start = load_[first + at + width - 1];
+    const double gap = degree * start - (prefix[at + width] - prefix[at]);
+    const double over = std::max(0.0, start + time - target);
+    const double price = gap + degree * (rule.overflow * over + rule.low * start);
+    if (price < best.price) best = {first + at, start, gap, price};
+  }
+  return best;
+}
+
+Placement::Window Placement::best_window(int degree, double time, double target,
+                                         const PlacementRule& rule) const {
+  Window best;
+  best.price = std::numeric_limits<double>::infinity();
+  std::size_t scanned = 0;
+  for (const std::size_t node : node_order_) {
+    const Window window = window_in(node, degree, time, target, rule);
+    if (window.price < best.price) best = window;
+    scanned += node_size_;
+    if (scanned >= kScanned && best.price < std::numeric_limits<double>::infinity()) break;
+  }
+  return best;
+}
+
+void Placement::raise_(std::size_t begin, std::size_t width, double end) {
+  const std::size_t node = begin / node_size_;
+  const std::size_t first = node * node_size_;
+  const std::size_t last = node_end(node);
+  moved_.assign(rank_.begin() + static_cast<std::ptrdiff_t>(begin),
+                rank_.begin() + static_cast<std::ptrdiff_t>(begin + width));
+  // Ranks behind the window that stay less loaded than it will be move in front of it.
+  std::size_t to = begin;
+  for (std::size_t from = begin + width; from < last && load_[from] < end; ++from, ++to) {
+    load_[to] = load_[from];
+    rank_[to] = rank_[from];
+  }
+  for (std::size_t i = 0; i < width; ++i) {
+    load_[to + i] = end;
+    rank_[to + i] = moved_[i];
+  }
+  double* prefix = prefix_.data() + node * (node_size_ + 1);
+  for (std::size_t i = begin - first; i < last - first; ++i) {
+    prefix[i + 1] = prefix[i] + load_[first + i];
+  }
+  ranks_.insert(ranks_.end(), moved_.begin(), moved_.end());
+}
+
+void Placement::reorder_(std::size_t node) {
+  if (nodes_ == 1) return;
+  const double mean = mean_load(node);
+  auto at = std::find(node_order_.begin(), node_order_.end(), node);
+  for (auto next = at + 1; next != node_order_.end() && mean_load(*next) < mean; ++at, ++next) {
+    std::iter_swap(at, next);
+  }
+}
+
+void Placement::record_(double start, double time, double gap) {
+  std::sort(ranks_.begin() + static_cast<std::ptrdiff_t>(offset_.back()), ranks_.end());
+  offset_.push_back(ranks_.size());
+  start_.push_back(start);
+  end_.push_back(start + time);
+  gaps_ += gap;
+}
+
+void Placement::place_inside_(int degree, double time, double target, const PlacementRule& rule) {
+  const Window window = best_window(degree, time, target, rule);
+  raise_(window.begin, static_cast<std::size_t>(degree), window.start + time);
+  reorder_(window.begin / node_size_);
+  record_(window.start, time, window.gap);
+}
+
+void Placement::place_across_(int degree, double time, double target, const PlacementRule& rule) {
+  // A run of nodes in load order: whole ones, and the least loaded ranks of the last.
+  struct Run {
+    std::size_t at = 0;
+    double start = 0.0;
+    double gap = 0.0;
+    double price = std::numeric_limits<double>::infinity();
+  } best;
+  const auto size_of = [&](std::size_t node) { return node_end(node) - node * node_size_; };
+  const std::size_t tried = std::min(nodes_, std::max<std::size_t>(8, kScanned / node_size_));
+  for (std::size_t at = 0; at < tried; ++at) {
+    std::size_t left = static_cast<std::size_t>(degree);
+    double start = 0.0;
+    double sum = 0.0;
+    for (std::size_t i = at; i < nodes_ && left > 0; ++i) {
+      const std::size_t node = node_order_[i];
+      const std::size_t taken = std::min(left, size_of(node));
+      start = std::max(start, load_[node * node_size_ + taken - 1]);
+      sum += prefix_[node * (node_size_ + 1) + taken];
+      left -= taken;
+    }
+    if (left > 0) break;
+    const double gap = degree * start - sum;
+    const double over = std::max(0.0, start + time - target);
+    const double price = gap + degree * (rule.overflow * over + rule.low * start);
+    if (price < best.price) best = {at, start, gap, price};
+  }
+  std::vector<std::size_t> run;
+  std::size_t left = static_cast<std::size_t>(degree);
+  for (std::size_t i = best.at; left > 0; ++i) {
+    const std::size_t node = node_order_[i];
+    const std::size_t taken = std::min(left, size_of(node));
+    raise_(node * node_size_, taken, best.start + time);
+    run.push_back(node);
+    left -= taken;
+  }
+  for (std::size_t i = run.size(); i-- > 0;) reorder_(run[i]);
+  record_(best.start, time, best.gap);
+}
+
+void Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule) {
+  reset_();
   for (const Job& job : jobs) {
-    const auto width = static_cast<std::size_t>(job.degree);
     const double time = model_.time(model_.items[static_cast<std::size_t>(job.item)], job.degree);
-    double price = 0.0;
-    const std::size_t begin = best_window(job.degree, time, target, rule, 0, ranks, price);
-    const double start = load_[begin + width - 1];
-    gaps_ += job.degree * start - (prefix_[begin + width] - prefix_[begin]);
-    ranks_.insert(ranks_.end(), rank_.begin() + static_cast<std::ptrdiff_t>(begin),
-                  rank_.begin() + static_cast<std::ptrdiff_t>(begin + width));
-    std::sort(ranks_.end() - static_cast<std::ptrdiff_t>(width), ranks_.end());
-    start_.push_back(start);
-    end_.push_back(start + time);
-    offset_.push_back(ranks_.size());
-    take_(begin, job.degree, start + time, ranks);
+    if (static_cast<std::size_t>(job.degree) <= node_size_) {
+      place_inside_(job.degree, time, target, rule);
+    } else {
+      place_across_(job.degree, time, target, rule);
+    }
   }
 }
 

@@ -20,10 +20,11 @@ struct PlacementRule {
   double overflow = 4.0;  ///< price of ending beyond the target
 };
 
-/// Where the units of one list of jobs go: start times and ranks, in placement order.
+/// Where the units of one list of jobs go: start times and ranks, in placement order. A unit stays
+/// inside a node if one holds it, else it takes whole nodes and a part of one more.
 class Placement {
  public:
-  explicit Placement(const Model& model) : model_(model) {}
+  explicit Placement(const Model& model);
 
   /// Places `jobs` in the given order on empty ranks. `target` is the makespan aimed at.
   void place(std::span<const Job> jobs, double target, const PlacementRule& rule);
@@ -42,18 +43,41 @@ class Placement {
   [[nodiscard]] double gaps() const { return gaps_; }
 
  private:
-  std::size_t best_window(int degree, double time, double target, const PlacementRule& rule,
-                          std::size_t first, std::size_t last, double& price) const;
-  void take_(std::size_t begin, int degree, double end, std::size_t last);
+  /// A choice of ranks: `width` positions from `begin`, all inside one node.
+  struct Window {
+    std::size_t begin = 0;
+    double start = 0.0;
+    double gap = 0.0;
+    double price = 0.0;
+  };
+
+  void reset_();
+  [[nodiscard]] std::size_t node_end(std::size_t node) const;
+  [[nodiscard]] double mean_load(std::size_t node) const;
+  [[nodiscard]] Window window_in(std::size_t node, int degree, double time, double target,
+                                 const PlacementRule& rule) const;
+  [[nodiscard]] Window best_window(int degree, double time, double target,
+                                   const PlacementRule& rule) const;
+  void place_inside_(int degree, double time, double target, const PlacementRule& rule);
+  void place_across_(int degree, double time, double target, const PlacementRule& rule);
+  /// Raises `width` positions from `begin` to `end` and keeps their node sorted.
+  void raise_(std::size_t begin, std::size_t width, double end);
+  /// Moves a node whose load grew to its place in `node_order_`.
+  void reorder_(std::size_t node);
+  void record_(double start, double time, double gap);
 
   const Model& model_;
-  std::vector<double> load_;    ///< ascending inside each node's range
+  std::size_t node_size_;  ///< ranks of a node; a virtual one where a large axis knows none
+  std::size_t nodes_;
+  std::vector<double> load_;    ///< ascending inside each node
   std::vector<int> rank_;       ///< the rank that has load_[i]
-  std::vector<double> prefix_;  ///< prefix_[i] = sum of load_[0 .. i)
-  std::vector<int> ranks_;      ///< ranks of all jobs, one after another
+  std::vector<double> prefix_;  ///< sums of load_ inside each node: node_size_ + 1 a node
+  std::vector<std::size_t> node_order_;  ///< by mean load, ascending
+  std::vector<int> ranks_;               ///< ranks of all jobs, one after another
   std::vector<std::size_t> offset_;
   std::vector<double> start_, end_;
   std::vector<double> scratch_;
+  std::vector<int> moved_;
   double gaps_ = 0.0;
 };
 

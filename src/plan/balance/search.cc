@@ -3,20 +3,29 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "meshloom/core/random.h"
 
 namespace meshloom::plan::balance {
 namespace {
 
-/// What sending the reference's traffic once more may cost: this part of the makespan.
-constexpr double kTrafficPrice = 0.04;
+/// What sending the reference's traffic once more may cost, as a part of the makespan.
+constexpr double kTrafficPrice = 0.12;
+/// Traffic is counted against the reference's plus this part of all tokens, so that a step whose
+/// reference sends next to nothing still may cut a sample.
+constexpr double kTrafficBase = 0.5;
+/// Price of a makespan above the bound: a slope from each gap on.
+constexpr std::pair<double, double> kGapSlopes[] = {{0.0, 0.5}, {0.005, 1.0}, {0.02, 3.5}};
+/// A score this close to the best imaginable ends the search.
+constexpr double kGoodEnough = 5e-4;
 /// Singles above this part of the target are placed one by one in estimates, the rest as a fluid.
 constexpr double kLargeSingle = 0.1;
+constexpr double kMostRounds = 3000.0;
 /// Elementary steps that one search may take.
-constexpr double kEffort = 1e7;
+constexpr double kEffort = 5e6;
 
-constexpr PlacementRule kRules[] = {{0.02, 4.0}, {0.2, 4.0}, {1.0, 4.0}};
+constexpr PlacementRule kRules[] = {{1.0, 4.0}, {0.2, 4.0}, {0.02, 4.0}};
 
 struct Candidate {
   std::vector<Job> jobs;  ///< in placement order
@@ -32,10 +41,14 @@ class Search {
   Schedule run();
 
  private:
-  Candidate start(double target, const PlacementRule& rule) const;
+  Candidate start(double target, bool aligned, const PlacementRule& rule) const;
   void evaluate_(Candidate& candidate);
-  void improve_(Candidate& best, int rounds);
+  [[nodiscard]] int random_degree_(const Candidate& candidate, int now);
+  void set_degree_(Candidate& candidate, int item, int degree) const;
+  void change_(Candidate& candidate);
+  void improve_(Candidate& best, int rounds, double enough);
   Schedule finish_(const Candidate& candidate);
+  [[nodiscard]] double score(double makespan, double exchange) const;
   double exchange_of(const std::vector<Job>& jobs) const;
   std::uint64_t random_(std::uint64_t below) { return random_bits(1, counter_++) % below; }
 
@@ -53,12 +66,13 @@ bool wider(const Model& model, const Job& a, const Job& b) {
   return time_a != time_b ? time_a > time_b : a.item < b.item;
 }
 
-Candidate Search::start(double target, const PlacementRule& rule) const {
+Candidate Search::start(double target, bool aligned, const PlacementRule& rule) const {
   Candidate candidate;
   candidate.rule = rule;
   candidate.target = target;
   for (std::size_t i = 0; i < model_.items.size(); ++i) {
-    const int degree = model_.degree(model_.items[i], target);
+    int degree = model_.degree(model_.items[i], target);
+    if (aligned) degree = model_.ranks / (model_.ranks / degree);
     if (degree > 1) candidate.jobs.push_back({static_cast<int>(i), degree});
   }
   std::sort(candidate.jobs.begin(), candidate.jobs.end(),
@@ -73,6 +87,15 @@ double Search::exchange_of(const std::vector<Job>& jobs) const {
               static_cast<double>(model_.items[static_cast<std::size_t>(job.item)].tokens);
   }
   return tokens;
+}
+
+double Search::score(double makespan, double exchange) const {
+  const double gap = std::max(0.0, makespan / model_.bound - 1.0);
+  double price = 0.0;
+  for (const auto& [from, slope] : kGapSlopes) price += slope * std::max(0.0, gap - from);
+  return price + kTrafficPrice * exchange /
+                     (model_.reference_exchange +
+                      kTrafficBase * static_cast<double>(model_.total_tokens));
 }
 
 void Search::evaluate_(Candidate& candidate) {
@@ -93,60 +116,72 @@ void Search::evaluate_(Candidate& candidate) {
     fluid -= share;
   }
   const double makespan = placement_.estimate(singles_, fluid);
-  candidate.score = std::max(makespan, model_.bound) / model_.bound;
-  if (model_.reference_exchange > 0.0) {
-    candidate.score += kTrafficPrice * exchange_of(candidate.jobs) / model_.reference_exchange;
+  candidate.score = score(makespan, exchange_of(candidate.jobs));
+}
+
+int Search::random_degree_(const Candidate& candidate, int now) {
+  switch (random_(5)) {
+    case 0:
+      return now + 1;
+    case 1:
+      return now - 1;
+    case 2:
+      return now + static_cast<int>(random_(7)) - 3;
+    case 3:  // so that several fit side by side
+      return model_.ranks / (1 + static_cast<int>(random_(static_cast<std::uint64_t>(
+                                     std::min(8, model_.ranks / now + 1)))));
+    default:  // so that it fits beside another
+      if (candidate.jobs.empty()) return now + 1;
+      return model_.ranks - candidate.jobs[random_(candidate.jobs.size())].degree;
   }
 }
 
-void Search::improve_(Candidate& best, int rounds) {
-  Candidate trial;
-  for (int round = 0; round < rounds; ++round) {
-    trial = best;
-    const std::uint64_t kind = random_(4);
-    if (kind == 0 && trial.jobs.size() > 1) {  // another order
-      const auto from = static_cast<std::ptrdiff_t>(random_(trial.jobs.size()));
-      const auto to = static_cast<std::ptrdiff_t>(random_(trial.jobs.size()));
-      const Job moved = trial.jobs[static_cast<std::size_t>(from)];
-      trial.jobs.erase(trial.jobs.begin() + from);
-      trial.jobs.insert(trial.jobs.begin() + to, moved);
-    } else {  // another degree
-      // Long items are picked more often: they decide.
-      std::uint64_t bound = std::min<std::uint64_t>(model_.items.size(), trial.jobs.size() + 8);
-      bound = std::max<std::uint64_t>(1, std::min(bound, random_(bound) + 1));
-      const auto index = static_cast<int>(random_(bound));
-      const Item& item = model_.items[static_cast<std::size_t>(index)];
-      int now = 1;
-      for (std::size_t j = 0; j < trial.jobs.size(); ++j) {
-        if (trial.jobs[j].item != index) continue;
-        now = trial.jobs[j].degree;
-        trial.jobs.erase(trial.jobs.begin() + static_cast<std::ptrdiff_t>(j));
-        break;
-      }
-      int degree = now;
-      switch (random_(4)) {
-        case 0:
-          degree = now + 1;
-          break;
-        case 1:
-          degree = now - 1;
-          break;
-        case 2:
-          degree = 1 + static_cast<int>(random_(static_cast<std::uint64_t>(model_.ranks)));
-          break;
-        default:
-          degree = now + static_cast<int>(random_(7)) - 3;
-          break;
-      }
-      degree = std::clamp(degree, item.memory_degree, model_.ranks);
-      if (degree > 1) {
-        const Job job{index, degree};
-        const auto at =
-            std::upper_bound(trial.jobs.begin(), trial.jobs.end(), job,
-                             [&](const Job& a, const Job& b) { return wider(model_, a, b); });
-        trial.jobs.insert(at, job);
-      }
+void Search::set_degree_(Candidate& candidate, int item, int degree) const {
+  auto& jobs = candidate.jobs;
+  std::erase_if(jobs, [&](const Job& job) { return job.item == item; });
+  degree = std::clamp(degree, model_.items[static_cast<std::size_t>(item)].memory_degree,
+                      model_.ranks);
+  if (degree == 1) return;
+  const Job job{item, degree};
+  jobs.insert(std::upper_bound(jobs.begin(), jobs.end(), job,
+                               [&](const Job& a, const Job& b) { return wider(model_, a, b); }),
+              job);
+}
+
+void Search::change_(Candidate& candidate) {
+  auto& jobs = candidate.jobs;
+  const std::uint64_t kind = random_(8);
+  if (kind < 2 && jobs.size() > 1) {  // another order
+    const auto from = static_cast<std::ptrdiff_t>(random_(jobs.size()));
+    const auto to = static_cast<std::ptrdiff_t>(random_(jobs.size()));
+    const Job moved = jobs[static_cast<std::size_t>(from)];
+    jobs.erase(jobs.begin() + from);
+    jobs.insert(jobs.begin() + to, moved);
+  } else if (kind == 2 && !jobs.empty()) {  // another degree for all of one degree
+    const int from = jobs[random_(jobs.size())].degree;
+    const int to = random_degree_(candidate, from);
+    std::vector<int> items;
+    for (const Job& job : jobs) {
+      if (job.degree == from) items.push_back(job.item);
     }
+    for (const int item : items) set_degree_(candidate, item, to);
+  } else {  // another degree for one item, or two; long ones are picked more often: they decide
+    const std::uint64_t most = std::min<std::uint64_t>(model_.items.size(), jobs.size() + 8);
+    for (std::uint64_t times = kind == 3 ? 2 : 1; times > 0; --times) {
+      const auto item = static_cast<int>(random_(random_(most) + 1));
+      const auto found = std::find_if(jobs.begin(), jobs.end(),
+                                      [&](const Job& job) { return job.item == item; });
+      const int now = found == jobs.end() ? 1 : found->degree;
+      set_degree_(candidate, item, random_degree_(candidate, now));
+    }
+  }
+}
+
+void Search::improve_(Candidate& best, int rounds, double enough) {
+  Candidate trial;
+  for (int round = 0; round < rounds && best.score > enough; ++round) {
+    trial = best;
+    change_(trial);
     evaluate_(trial);
     if (trial.score <= best.score) std::swap(trial, best);
   }
@@ -169,19 +204,41 @@ Schedule Search::finish_(const Candidate& candidate) {
 
 Schedule Search::run() {
   placed_.assign(model_.items.size(), 0);
-  Candidate best;
-  for (const double factor : {1.0, 0.5}) {
+  // Steps of one evaluation, roughly: windows looked at, and the estimate.
+  const Candidate first = start(model_.bound, false, kRules[0]);
+  const double ranks = model_.ranks;
+  const double step = static_cast<double>(first.jobs.size() + 4) * std::min(ranks + 16.0, 1100.0) +
+                      ranks * 40.0 + static_cast<double>(model_.items.size());
+  const double evaluations = kEffort / step;
+  const double enough = score(0.0, exchange_of(first.jobs)) + kGoodEnough;
+  // One descent from the best start of each kind: degrees that the bound asks for, the same made to
+  // fit side by side, and generous ones.
+  struct Kind {
+    double factor;
+    bool aligned;
+  };
+  std::vector<Candidate> starts;
+  double tried = 0.0;
+  for (const Kind& kind : {Kind{1.0, false}, Kind{1.0, true}, Kind{0.5, false}}) {
+    Candidate best;
     for (const PlacementRule& rule : kRules) {
-      Candidate candidate = start(model_.bound * factor, rule);
+      if (tried > 0.0 && (tried >= evaluations || best.score <= enough)) break;
+      Candidate candidate = start(model_.bound * kind.factor, kind.aligned, rule);
       candidate.target = model_.bound;
       evaluate_(candidate);
+      tried += 1.0;
       if (candidate.score < best.score) best = std::move(candidate);
     }
+    if (best.target > 0.0) starts.push_back(std::move(best));
+    if (starts.back().score <= enough) return finish_(starts.back());
   }
-  const double step =
-      static_cast<double>(best.jobs.size() + 4) * (static_cast<double>(model_.ranks) + 16.0) +
-      static_cast<double>(model_.ranks) * 40.0 + static_cast<double>(model_.items.size());
-  improve_(best, static_cast<int>(std::min(2000.0, kEffort / step)));
+  const int rounds = static_cast<int>(std::clamp(evaluations - tried, 0.0, kMostRounds));
+  Candidate best;
+  for (Candidate& candidate : starts) {
+    improve_(candidate, rounds / static_cast<int>(starts.size()), enough);
+    if (candidate.score < best.score) best = std::move(candidate);
+    if (best.score <= enough) break;
+  }
   return finish_(best);
 }
 
