@@ -12,6 +12,7 @@ namespace {
 struct Gap {
   int rank = 0;
   double left = 0.0;
+  std::int64_t tokens = 0;
   std::vector<int> items;
 };
 
@@ -38,7 +39,7 @@ std::vector<std::vector<int>> pack(const Model& model, std::span<const int> item
 
 std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Placement& placement,
                         std::span<const int> singles, double target) {
-  const double least_gap = 2.0 * model.cost.fixed;
+  const double least_gap = Placement::least_gap(model);
   std::vector<double> end(static_cast<std::size_t>(model.ranks), 0.0);
   std::vector<Gap> gaps;
   std::vector<std::size_t> first_gap{0};  // of each job, in placement order
@@ -46,14 +47,14 @@ std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Pla
     for (const int rank : placement.ranks_of(j)) {
       double& at = end[static_cast<std::size_t>(rank)];
       const double idle = placement.start_of(j) - at;
-      if (idle > least_gap) gaps.push_back({rank, idle, {}});
+      if (idle > least_gap) gaps.push_back({rank, idle, 0, {}});
       at = placement.end_of(j);
     }
     first_gap.push_back(gaps.size());
   }
   const std::size_t inner = gaps.size();
   for (int rank = 0; rank < model.ranks; ++rank) {
-    gaps.push_back({rank, target - end[static_cast<std::size_t>(rank)], {}});
+    gaps.push_back({rank, target - end[static_cast<std::size_t>(rank)], 0, {}});
   }
   // The widest gap first; a gap in front of a unit is never overfilled, since its peers would wait.
   using Entry = std::pair<double, std::size_t>;
@@ -68,15 +69,25 @@ std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Pla
   std::priority_queue<Entry, std::vector<Entry>, decltype(less)> inners(less,
                                                                         std::move(inner_entries));
   std::priority_queue<Entry, std::vector<Entry>, decltype(less)> ends(less, std::move(end_entries));
+  // An item costs its work, and the fixed cost of the bins that it opens.
+  const auto added = [&](const Item& item, const Gap& gap) {
+    if (model.cost.fixed <= 0.0) return item.work;
+    const auto bins = [&](std::int64_t tokens) {
+      return (tokens + model.capacity - 1) / model.capacity;
+    };
+    return item.work + model.cost.fixed *
+                           static_cast<double>(bins(gap.tokens + item.tokens) - bins(gap.tokens));
+  };
   for (const int index : singles) {
-    const double share = model.share(model.items[static_cast<std::size_t>(index)]);
-    const bool inside =
-        !inners.empty() && inners.top().first >= share && inners.top().first >= ends.top().first;
+    const Item& item = model.items[static_cast<std::size_t>(index)];
+    const bool inside = !inners.empty() && inners.top().first >= ends.top().first &&
+                        inners.top().first >= added(item, gaps[inners.top().second]);
     auto& queue = inside ? inners : ends;
     auto [left, g] = queue.top();
     queue.pop();
+    queue.emplace(left - added(item, gaps[g]), g);
     gaps[g].items.push_back(index);
-    queue.emplace(left - share, g);
+    gaps[g].tokens += item.tokens;
   }
 
   std::vector<Piece> pieces;
@@ -129,6 +140,11 @@ std::vector<Slot> to_slots(const PlanProblem& problem, const Model& model,
     for (const int index : piece.items) {
       const Item& item = model.items[static_cast<std::size_t>(index)];
       unit.samples.push_back(problem.samples[static_cast<std::size_t>(item.sample)].id);
+      if (item.group >= 0) {
+        for (const int rider : model.groups[static_cast<std::size_t>(item.group)]) {
+          unit.samples.push_back(problem.samples[static_cast<std::size_t>(rider)].id);
+        }
+      }
       unit.offload = std::max(unit.offload, item.offload);
     }
     unit.exchange = piece.ranks.size() > 1 ? Exchange::kRing : Exchange::kLocal;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <map>
+#include <utility>
 
 #include "meshloom/plan/bounds.h"
 
@@ -45,6 +47,49 @@ Model::Model(const PlanProblem& problem)
       reference_exchange += (rounded - 1.0) * static_cast<double>(item.tokens);
     }
   }
+}
+
+void Model::share_units_(double traffic_price) {
+  if (cost.fixed <= 0.0) return;
+  const auto room_of = [&](const Item& item) {
+    return item.memory_degree * capacity - item.tokens;
+  };
+  // What a token that rides along saves, and what it costs in a unit of a given degree.
+  const double saved = cost.fixed / static_cast<double>(capacity);
+  const auto worth = [&](const Item& item) {
+    const double others = item.memory_degree - 1.0;
+    return item.offload == 0.0 && saved > others * (cost.exchange + traffic_price * bound * ranks);
+  };
+  std::multimap<std::int64_t, std::size_t> rooms;
+  std::size_t first_short = 0;
+  for (; first_short < items.size() && items[first_short].memory_degree > 1; ++first_short) {
+    if (worth(items[first_short])) rooms.emplace(room_of(items[first_short]), first_short);
+  }
+  std::vector<char> gone(items.size(), 0);
+  for (std::size_t i = first_short; i < items.size() && !rooms.empty(); ++i) {
+    const auto found = rooms.lower_bound(items[i].tokens);
+    if (found == rooms.end()) continue;
+    Item& host = items[found->second];
+    if (host.group < 0) {
+      host.group = static_cast<int>(groups.size());
+      groups.emplace_back();
+    }
+    groups[static_cast<std::size_t>(host.group)].push_back(items[i].sample);
+    host.tokens += items[i].tokens;
+    host.work += items[i].work;
+    gone[i] = 1;
+    const std::size_t index = found->second;
+    rooms.erase(found);
+    if (room_of(host) > 0) rooms.emplace(room_of(host), index);
+  }
+  std::vector<Item> left;
+  left.reserve(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    if (!gone[i]) left.push_back(items[i]);
+  }
+  items = std::move(left);
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Item& a, const Item& b) { return a.work > b.work; });
 }
 
 int Model::degree(const Item& item, double limit) const {

@@ -7,9 +7,10 @@
 
 namespace meshloom::plan::balance {
 
-/// A sample as the scheduler sees it.
+/// A sample as the scheduler sees it, or several that share a unit from the start.
 struct Item {
   int sample = 0;  ///< index into PlanProblem::samples
+  int group = -1;  ///< index into Model::groups: samples that ride along; -1: none
   std::int64_t tokens = 0;
   double work = 0.0;
   int memory_degree = 1;  ///< fewest ranks that hold it
@@ -25,11 +26,17 @@ struct Model {
   std::int64_t capacity = 1;
   CostModel cost;
   std::vector<Item> items;
+  std::vector<std::vector<int>> groups;
   double total_work = 0.0;
   std::int64_t total_tokens = 0;
   double bound = 0.0;  ///< proven lower bound on the makespan
   /// Exchange tokens of power-of-two degrees that just fit memory: the yardstick for traffic.
   double reference_exchange = 0.0;
+
+  /// Lets short samples ride in the space that long ones leave in their units, where the fixed cost
+  /// of the units saved outweighs the traffic.
+  /// @param traffic_price  price of one exchange token, as a part of the makespan
+  void share_units_(double traffic_price);
 
   /// Time of a unit that holds this item alone, on each of its ranks.
   [[nodiscard]] double time(const Item& item, int degree) const {

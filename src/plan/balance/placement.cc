@@ -63,7 +63,7 @@ Placement::Window Placement::window_in(std::size_t node, int degree, double time
     const double gap = degree * start - (prefix[at + width] - prefix[at]);
     const double over = std::max(0.0, start + time - target);
     const double price = gap + degree * (rule.overflow * over + rule.low * start);
-    if (price < best.price) best = {first + at, start, gap, price};
+    if (price < best.price) best = {first + at, start, price};
   }
   return best;
 }
@@ -122,11 +122,23 @@ void Placement::record_(double start, double time, double gap) {
   gaps_ += gap;
 }
 
+double Placement::fillable(std::size_t begin, std::size_t width, double start) const {
+  double sum = 0.0;
+  for (std::size_t i = begin; i < begin + width; ++i) {
+    const double gap = start - load_[i];
+    // On average the last of the units that fill a gap is half empty.
+    if (gap > least_gap(model_)) sum += gap - 0.5 * model_.cost.fixed;
+  }
+  return sum;
+}
+
 void Placement::place_inside_(int degree, double time, double target, const PlacementRule& rule) {
   const Window window = best_window(degree, time, target, rule);
-  raise_(window.begin, static_cast<std::size_t>(degree), window.start + time);
+  const auto width = static_cast<std::size_t>(degree);
+  const double gap = fillable(window.begin, width, window.start);
+  raise_(window.begin, width, window.start + time);
   reorder_(window.begin / node_size_);
-  record_(window.start, time, window.gap);
+  record_(window.start, time, gap);
 }
 
 void Placement::place_across_(int degree, double time, double target, const PlacementRule& rule) {
@@ -134,7 +146,6 @@ void Placement::place_across_(int degree, double time, double target, const Plac
   struct Run {
     std::size_t at = 0;
     double start = 0.0;
-    double gap = 0.0;
     double price = std::numeric_limits<double>::infinity();
   } best;
   const auto size_of = [&](std::size_t node) { return node_end(node) - node * node_size_; };
@@ -154,19 +165,21 @@ void Placement::place_across_(int degree, double time, double target, const Plac
     const double gap = degree * start - sum;
     const double over = std::max(0.0, start + time - target);
     const double price = gap + degree * (rule.overflow * over + rule.low * start);
-    if (price < best.price) best = {at, start, gap, price};
+    if (price < best.price) best = {at, start, price};
   }
   std::vector<std::size_t> run;
+  double fillable_gap = 0.0;
   std::size_t left = static_cast<std::size_t>(degree);
   for (std::size_t i = best.at; left > 0; ++i) {
     const std::size_t node = node_order_[i];
     const std::size_t taken = std::min(left, size_of(node));
+    fillable_gap += fillable(node * node_size_, taken, best.start);
     raise_(node * node_size_, taken, best.start + time);
     run.push_back(node);
     left -= taken;
   }
   for (std::size_t i = run.size(); i-- > 0;) reorder_(run[i]);
-  record_(best.start, time, best.gap);
+  record_(best.start, time, fillable_gap);
 }
 
 void Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule) {
@@ -184,6 +197,7 @@ void Placement::place(std::span<const Job> jobs, double target, const PlacementR
 double Placement::estimate(std::span<const double> singles, double fluid) {
   // Longest first onto the least loaded rank.
   scratch_ = load_;
+  for (double& load : scratch_) load += 0.5 * model_.cost.fixed;  // the last unit is half empty
   const auto later = [](double a, double b) { return a > b; };
   std::make_heap(scratch_.begin(), scratch_.end(), later);
   for (const double work : singles) {

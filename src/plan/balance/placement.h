@@ -39,15 +39,14 @@ class Placement {
   [[nodiscard]] double start_of(std::size_t job) const { return start_[job]; }
   [[nodiscard]] double end_of(std::size_t job) const { return end_[job]; }
   [[nodiscard]] std::size_t jobs() const { return start_.size(); }
-  /// Idle rank time before units that wait for their peers.
-  [[nodiscard]] double gaps() const { return gaps_; }
+  /// A wait below this is not worth a short unit's fixed cost.
+  [[nodiscard]] static double least_gap(const Model& model) { return 2.0 * model.cost.fixed; }
 
  private:
   /// A choice of ranks: `width` positions from `begin`, all inside one node.
   struct Window {
     std::size_t begin = 0;
     double start = 0.0;
-    double gap = 0.0;
     double price = 0.0;
   };
 
@@ -65,20 +64,23 @@ class Placement {
   /// Moves a node whose load grew to its place in `node_order_`.
   void reorder_(std::size_t node);
   void record_(double start, double time, double gap);
+  /// Part of the idle time that a unit starting at `start` leaves at `width` positions from `begin`
+  /// which short units can fill.
+  [[nodiscard]] double fillable(std::size_t begin, std::size_t width, double start) const;
 
   const Model& model_;
   std::size_t node_size_;  ///< ranks of a node; a virtual one where a large axis knows none
   std::size_t nodes_;
-  std::vector<double> load_;    ///< ascending inside each node
-  std::vector<int> rank_;       ///< the rank that has load_[i]
-  std::vector<double> prefix_;  ///< sums of load_ inside each node: node_size_ + 1 a node
+  std::vector<double> load_;             ///< ascending inside each node
+  std::vector<int> rank_;                ///< the rank that has load_[i]
+  std::vector<double> prefix_;           ///< sums of load_ inside each node: node_size_ + 1 a node
   std::vector<std::size_t> node_order_;  ///< by mean load, ascending
   std::vector<int> ranks_;               ///< ranks of all jobs, one after another
   std::vector<std::size_t> offset_;
   std::vector<double> start_, end_;
   std::vector<double> scratch_;
   std::vector<int> moved_;
-  double gaps_ = 0.0;
+  double gaps_ = 0.0;  ///< idle rank time in front of units, as far as it can be filled
 };
 
 }  // namespace meshloom::plan::balance

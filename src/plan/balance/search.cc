@@ -31,6 +31,7 @@ struct Candidate {
   std::vector<Job> jobs;  ///< in placement order
   PlacementRule rule;
   double target = 0.0;
+  double makespan = 0.0;  ///< estimate
   double score = std::numeric_limits<double>::infinity();
 };
 
@@ -93,9 +94,9 @@ double Search::score(double makespan, double exchange) const {
   const double gap = std::max(0.0, makespan / model_.bound - 1.0);
   double price = 0.0;
   for (const auto& [from, slope] : kGapSlopes) price += slope * std::max(0.0, gap - from);
-  return price + kTrafficPrice * exchange /
-                     (model_.reference_exchange +
-                      kTrafficBase * static_cast<double>(model_.total_tokens));
+  return price +
+         kTrafficPrice * exchange /
+             (model_.reference_exchange + kTrafficBase * static_cast<double>(model_.total_tokens));
 }
 
 void Search::evaluate_(Candidate& candidate) {
@@ -115,8 +116,8 @@ void Search::evaluate_(Candidate& candidate) {
     singles_.push_back(share);
     fluid -= share;
   }
-  const double makespan = placement_.estimate(singles_, fluid);
-  candidate.score = score(makespan, exchange_of(candidate.jobs));
+  candidate.makespan = placement_.estimate(singles_, fluid);
+  candidate.score = score(candidate.makespan, exchange_of(candidate.jobs));
 }
 
 int Search::random_degree_(const Candidate& candidate, int now) {
@@ -139,8 +140,8 @@ int Search::random_degree_(const Candidate& candidate, int now) {
 void Search::set_degree_(Candidate& candidate, int item, int degree) const {
   auto& jobs = candidate.jobs;
   std::erase_if(jobs, [&](const Job& job) { return job.item == item; });
-  degree = std::clamp(degree, model_.items[static_cast<std::size_t>(item)].memory_degree,
-                      model_.ranks);
+  degree =
+      std::clamp(degree, model_.items[static_cast<std::size_t>(item)].memory_degree, model_.ranks);
   if (degree == 1) return;
   const Job job{item, degree};
   jobs.insert(std::upper_bound(jobs.begin(), jobs.end(), job,
@@ -169,8 +170,8 @@ void Search::change_(Candidate& candidate) {
     const std::uint64_t most = std::min<std::uint64_t>(model_.items.size(), jobs.size() + 8);
     for (std::uint64_t times = kind == 3 ? 2 : 1; times > 0; --times) {
       const auto item = static_cast<int>(random_(random_(most) + 1));
-      const auto found = std::find_if(jobs.begin(), jobs.end(),
-                                      [&](const Job& job) { return job.item == item; });
+      const auto found =
+          std::find_if(jobs.begin(), jobs.end(), [&](const Job& job) { return job.item == item; });
       const int now = found == jobs.end() ? 1 : found->degree;
       set_degree_(candidate, item, random_degree_(candidate, now));
     }
@@ -196,7 +197,7 @@ Schedule Search::finish_(const Candidate& candidate) {
     if (!placed_[i]) singles.push_back(static_cast<int>(i));
   }
   Schedule schedule;
-  schedule.pieces = fill(model_, candidate.jobs, placement_, singles, candidate.target);
+  schedule.pieces = fill(model_, candidate.jobs, placement_, singles, candidate.makespan);
   schedule.makespan = makespan(model_, schedule.pieces);
   schedule.exchange = exchange_of(candidate.jobs);
   return schedule;
@@ -219,6 +220,17 @@ Schedule Search::run() {
   };
   std::vector<Candidate> starts;
   double tried = 0.0;
+  Schedule best_schedule;
+  double best_score = std::numeric_limits<double>::infinity();
+  const auto settle = [&](const Candidate& candidate) {  // true if nothing better is in sight
+    Schedule schedule = finish_(candidate);
+    const double reached = score(schedule.makespan, schedule.exchange);
+    if (reached < best_score) {
+      best_score = reached;
+      best_schedule = std::move(schedule);
+    }
+    return best_score <= enough + kGoodEnough;
+  };
   for (const Kind& kind : {Kind{1.0, false}, Kind{1.0, true}, Kind{0.5, false}}) {
     Candidate best;
     for (const PlacementRule& rule : kRules) {
@@ -229,21 +241,27 @@ Schedule Search::run() {
       tried += 1.0;
       if (candidate.score < best.score) best = std::move(candidate);
     }
-    if (best.target > 0.0) starts.push_back(std::move(best));
-    if (starts.back().score <= enough) return finish_(starts.back());
+    if (best.target == 0.0) break;
+    if (best.score <= enough && settle(best)) return best_schedule;
+    starts.push_back(std::move(best));
   }
   const int rounds = static_cast<int>(std::clamp(evaluations - tried, 0.0, kMostRounds));
-  Candidate best;
+  std::sort(starts.begin(), starts.end(),
+            [](const Candidate& a, const Candidate& b) { return a.score < b.score; });
   for (Candidate& candidate : starts) {
     improve_(candidate, rounds / static_cast<int>(starts.size()), enough);
-    if (candidate.score < best.score) best = std::move(candidate);
-    if (best.score <= enough) break;
+    if (settle(candidate)) break;
   }
-  return finish_(best);
+  return best_schedule;
 }
 
 }  // namespace
 
-Schedule search(const Model& model) { return Search(model).run(); }
+Schedule search(Model& model) {
+  const double base =
+      model.reference_exchange + kTrafficBase * static_cast<double>(model.total_tokens);
+  model.share_units_(kTrafficPrice / base);
+  return Search(model).run();
+}
 
 }  // namespace meshloom::plan::balance

@@ -15,7 +15,8 @@ struct Schedule {
   double exchange = 0.0;  ///< sum of (D - 1) * tokens
 };
 
-/// Chooses degrees, ranks and order. Deterministic: the effort is counted in steps, not seconds.
-[[nodiscard]] Schedule search(const Model& model);
+/// Chooses degrees, ranks and order; may first merge short items into long ones (`share_units_`).
+/// Deterministic: the effort is counted in steps, not seconds.
+[[nodiscard]] Schedule search(Model& model);
 
 }  // namespace meshloom::plan::balance

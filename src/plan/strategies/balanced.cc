@@ -9,8 +9,9 @@ namespace {
 class Balanced final : public BalanceStrategy {
  public:
   [[nodiscard]] std::vector<Slot> assign(const PlanProblem& problem) const override {
-    const balance::Model model(problem);
-    return balance::to_slots(problem, model, balance::search(model).pieces);
+    balance::Model model(problem);
+    const balance::Schedule schedule = balance::search(model);
+    return balance::to_slots(problem, model, schedule.pieces);
   }
 };
 
