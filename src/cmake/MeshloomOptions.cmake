@@ -66,6 +66,11 @@ if(NOT MESHLOOM_WITH_TORCH STREQUAL "OFF")
 endif()
 meshloom_resolve(TORCH "${LibTorch_FOUND}" "no LibTorch 2.11 was found: ${LibTorch_NOT_FOUND_MESSAGE}")
 
+if(MESHLOOM_HAS_TORCH)
+  # at::parallel_for is a header: without OpenMP it would quietly run on one thread.
+  find_package(OpenMP REQUIRED COMPONENTS CXX)
+endif()
+
 if(MESHLOOM_HAS_TORCH AND NOT MESHLOOM_WITH_MPI STREQUAL "OFF")
   set(MPI_CXX_SKIP_MPICXX ON)
   find_package(MPI COMPONENTS C)

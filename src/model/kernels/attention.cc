@@ -2,8 +2,10 @@
 #include <ATen/ops/empty.h>
 
 #include "meshloom/model/attention_kernel.h"
+#include "model/kernels/attention_driver.h"
 #include "model/kernels/checks.h"
 #include "model/kernels/composite.h"
+#include "model/kernels/cpu_level.h"
 
 namespace meshloom::model {
 namespace {
@@ -29,6 +31,16 @@ void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   }
 }
 
+/// Whether the vector kernels serve a call whose results are `outputs` (bf16 inputs are widened).
+bool vectorised(const at::Tensor& lse, const AttentionOptions& options,
+                std::initializer_list<at::Tensor> outputs) {
+  if (!kernels::served(lse) || lse.stride(1) != 1 || !(options.scale > 0.0)) return false;
+  for (const at::Tensor& out : outputs) {
+    if (out.size(2) > 1 && out.stride(2) != 1) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void attention_forward_(at::Tensor& accumulator, at::Tensor& lse, const at::Tensor& q,
@@ -38,6 +50,10 @@ void attention_forward_(at::Tensor& accumulator, at::Tensor& lse, const at::Tens
   check_inputs(q, k, v, lse, blocks, options, kWhere);
   kernels::check_shape(accumulator, {q.size(0), q.size(1), q.size(2)}, kWhere, "accumulator");
   kernels::check_type(accumulator, lse.scalar_type(), kWhere, "accumulator");
+  if (vectorised(lse, options, {accumulator})) {
+    kernels::attention_forward_(accumulator, lse, q, k, v, blocks, options);
+    return;
+  }
   ops::composite::attention_forward_(accumulator, lse, q, k, v, blocks, options);
 }
 
@@ -54,6 +70,10 @@ void attention_backward_(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const a
   kernels::check_shape(delta, {q.size(1), q.size(0)}, kWhere, "delta");
   for (const at::Tensor& gradient : {dq, dk, dv, delta}) {
     kernels::check_type(gradient, lse.scalar_type(), kWhere, "a gradient or delta");
+  }
+  if (vectorised(lse, options, {dq, dk, dv}) && delta.stride(1) == 1) {
+    kernels::attention_backward_(dq, dk, dv, dout, q, k, v, lse, delta, blocks, options);
+    return;
   }
   ops::composite::attention_backward_(dq, dk, dv, dout, q, k, v, lse, delta, blocks, options);
 }

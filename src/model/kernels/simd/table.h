@@ -1,0 +1,27 @@
+#pragma once
+
+#include "model/kernels/simd/attention.h"
+#include "model/kernels/simd/gemm.h"
+
+// Defines the two tables of this level; included once by every level's source.
+namespace meshloom::model::kernels::MESHLOOM_SIMD_LEVEL {
+
+template <class T>
+constexpr KernelTable<T> make_table() {
+  KernelTable<T> table{};
+  table.panel = kTileVectors * kLanes<T>;
+  table.pack_b = pack_b<T>;
+  table.product = product<T>;
+  table.product_scratch = kTileRows;
+  table.lanes = kLanes<T>;
+  table.query_rows = kQueryRows;
+  table.attention_forward = attention_forward<T>;
+  table.attention_backward = attention_backward<T>;
+  table.attention_scratch = attention_scratch<T>;
+  return table;
+}
+
+const KernelTable<float> kTable32 = make_table<float>();
+const KernelTable<double> kTable64 = make_table<double>();
+
+}  // namespace meshloom::model::kernels::MESHLOOM_SIMD_LEVEL
