@@ -123,6 +123,8 @@ std::shared_ptr<StrategyRegistry> make_strategy_registry() {
   registry->add("static", make_static);
   registry->add("naive_hdp", make_naive_hdp);
   registry->add("balanced", make_balanced);
+  registry->add("bytescale", make_bytescale);
+  registry->add("exact", make_exact);
   return registry;
 }
 
