@@ -13,15 +13,15 @@ struct RopeConfig {
   std::string type = "default";  ///< default, linear, llama3, yarn
   double theta = 10000.0;
   double factor = 1.0;
-  double low_freq_factor = 1.0;   ///< llama3
-  double high_freq_factor = 4.0;  ///< llama3
-  std::int64_t original_max_position_embeddings = 0;
-  double beta_fast = 32.0;         ///< yarn
-  double beta_slow = 1.0;          ///< yarn
-  double attention_factor = 0.0;   ///< yarn; 0: derived
-  double mscale = 0.0;             ///< yarn
-  double mscale_all_dim = 0.0;     ///< yarn
-  bool truncate = true;            ///< yarn
+  double low_freq_factor = 1.0;                       ///< llama3
+  double high_freq_factor = 4.0;                      ///< llama3
+  std::int64_t original_max_position_embeddings = 0;  ///< llama3, yarn
+  double beta_fast = 32.0;                            ///< yarn
+  double beta_slow = 1.0;                             ///< yarn
+  double attention_factor = 0.0;                      ///< yarn; 0: derived
+  double mscale = 0.0;                                ///< yarn
+  double mscale_all_dim = 0.0;                        ///< yarn
+  bool truncate = true;                               ///< yarn
 };
 
 enum class RouterScore : std::uint8_t { kSoftmax, kSigmoid };
@@ -34,6 +34,7 @@ struct MoeConfig {
   bool normalize_top_k = true;         ///< weights of the chosen experts sum to one
   RouterScore score = RouterScore::kSoftmax;
   double aux_loss_coefficient = 0.0;
+  bool output_router_logits = false;  ///< carried along: transformers then adds the balance loss
 };
 
 /// A decoder language model, as its Hugging Face `config.json` describes it.
@@ -57,8 +58,12 @@ struct MESHLOOM_API ModelConfig {
   std::vector<bool> moe_layers;       ///< [layers]
   RopeConfig rope;
   MoeConfig moe;
-  std::int64_t bos_token_id = -1;
-  std::int64_t eos_token_id = -1;
+  std::int64_t max_position_embeddings = 0;  ///< carried along; positions are not limited by it
+  std::int64_t bos_token_id = -1;            ///< -1: none
+  std::int64_t pad_token_id = -1;
+  std::int64_t eos_token_id = -1;  ///< the first, where there are several
+  std::vector<std::int64_t> more_eos_token_ids;
+  std::string dtype = "float32";  ///< of the stored weights, as config.json names it
 
   /// Reads config.json as transformers 4 or 5 writes it.
   /// @throws IoError       the file cannot be read.
@@ -66,8 +71,12 @@ struct MESHLOOM_API ModelConfig {
   /// @throws NotSupported  a model_type, activation or feature that is not built; names it.
   [[nodiscard]] static ModelConfig load(const std::string& path);
   [[nodiscard]] static ModelConfig from_json(const std::string& text);
-  /// A config.json that transformers opens.
+  /// A config.json that transformers opens (4 and 5: the keys are those both know).
+  /// @throws NotSupported  the family cannot express these fields (e.g. biases in a Mixtral).
   [[nodiscard]] std::string to_json() const;
+
+  /// @throws DataError  sizes that contradict each other (heads not a multiple of kv_heads, ...).
+  void validate() const;
 
   [[nodiscard]] std::int64_t parameter_count() const;
 };

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "meshloom/core/export.h"
@@ -34,11 +36,34 @@ struct ParameterHandle {
 /// All parameters of a model (or stage), laid out in one flat space of elements, in an order in
 /// which tensors that are used together are neighbours. Tied embeddings appear once.
 struct MESHLOOM_API ParameterTable {
-  std::vector<ParameterSpec> parameters;
+  std::vector<ParameterSpec> parameters;  ///< by offset, without gaps
   std::int64_t elements = 0;
   /// @throws InvalidArgument  unknown name.
   [[nodiscard]] const ParameterSpec& find(const std::string& name) const;
+  /// The parameter, or null.
+  [[nodiscard]] const ParameterSpec* find_if(const std::string& name) const;
+  /// Appends a parameter at the end of the flat space and returns its offset.
+  std::int64_t append(ParameterSpec spec);
+
+ private:
+  std::unordered_map<std::string, std::size_t> index_;
 };
+
+/// The parameters of layers [first, last) with the embedding, the head and the final norm where
+/// asked. In flat order: embedding; per layer input norm, q k v weights, q k v biases, q and k
+/// norms, output projection, post-attention norm, then gate, up, down, or the router and all
+/// experts' (gate, up) and all experts' down; final norm; head. Names are the Hub checkpoints':
+/// experts one by one. With tied embeddings the head is the embedding's tensor.
+/// @throws InvalidArgument  the layer range is outside the model.
+[[nodiscard]] MESHLOOM_API ParameterTable
+parameter_table(const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers,
+                bool with_embedding, bool with_head);
+
+/// Handle of parameter `first` and the neighbours after it that `shape` takes in.
+/// @throws InvalidArgument  unknown name, or the elements from it on do not make up `shape`.
+[[nodiscard]] MESHLOOM_API ParameterHandle parameter_handle(const ParameterTable& table,
+                                                            const std::string& first,
+                                                            std::vector<std::int64_t> shape);
 
 /// Where a layer's weights come from. The default is one resident flat buffer; ZeRO-3, tensor and
 /// expert parallelism answer differently.
@@ -51,10 +76,12 @@ class MESHLOOM_API ParameterSource {
 };
 
 /// Where weight gradients go: accumulated now, or recorded and computed later (zero-bubble
-/// schedules). Tensors passed in are kept until then.
+/// schedules).
 class MESHLOOM_API WeightGradSink {
  public:
   virtual ~WeightGradSink();
+  /// Whether tensors passed in are kept after the call: the model then never writes to them again.
+  [[nodiscard]] virtual bool deferred() const { return false; }
   /// grad += dy^T x. @param dy [T, out] @param x [T, in]; handle.shape = [out, in].
   virtual void linear(const ParameterHandle& handle, const at::Tensor& dy, const at::Tensor& x) = 0;
   /// grad[e] += dy[rows of e]^T x[rows of e]; rows sorted by expert. handle.shape = [E, out, in].

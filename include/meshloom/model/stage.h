@@ -26,17 +26,17 @@ struct StageContext {
   AttentionExchange& attention;
   TokenDispatcher& dispatcher;
   ShardedLinear& linear;
-  RouterBalance* balance = nullptr;     ///< none: no balance loss
-  WeightGradSink* gradients = nullptr;  ///< none: evaluation, nothing is saved
+  RouterBalance* balance = nullptr;        ///< none: no balance loss
+  WeightGradSink* gradients = nullptr;     ///< none: evaluation, nothing is saved
   ActivationStore* activations = nullptr;  ///< set together with `gradients`
-  double loss_weight = 1.0;  ///< of one loss token: 1 / loss tokens of the step
+  double loss_weight = 1.0;                ///< of one loss token: 1 / loss tokens of the step
   double z_loss_weight = 0.0;  ///< z-loss coefficient / tokens of the step, of one token and layer
 };
 
 /// What a stage's forward gives.
 struct StageOutput {
-  at::Tensor hidden;      ///< [T, hidden] for the next stage; undefined with a head
-  double loss_sum = 0.0;  ///< with a head: unweighted sum of token losses of this micro-batch
+  at::Tensor hidden;        ///< [T, hidden] for the next stage; undefined with a head
+  double loss_sum = 0.0;    ///< with a head: unweighted sum of token losses of this micro-batch
   double z_loss_sum = 0.0;  ///< unweighted sum over tokens and MoE layers of logsumexp^2
 };
 

@@ -1,0 +1,210 @@
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "model/internal/layers.h"
+
+namespace meshloom::model::detail {
+namespace {
+
+/// Tokens that each row of a balance gradient is for; empty where one row is for all.
+std::vector<std::int64_t> balance_groups(const SequenceBatch& batch, const at::Tensor& balance) {
+  std::vector<std::int64_t> rows;
+  if (!balance.defined() || balance.size(0) == 1) return rows;
+  rows.reserve(batch.documents.size());
+  for (const DocumentSlice& document : batch.documents) rows.push_back(document.tokens());
+  return rows;
+}
+
+at::Tensor expert_rows_tensor(const std::vector<std::int64_t>& rows) {
+  const auto count = static_cast<std::int64_t>(rows.size());
+  at::Tensor result = at::empty({count}, at::TensorOptions().dtype(at::kLong));
+  std::copy(rows.begin(), rows.end(), result.data_ptr<std::int64_t>());
+  return result;
+}
+
+std::vector<std::int64_t> expert_rows_vector(const at::Tensor& rows) {
+  const std::int64_t* data = rows.data_ptr<std::int64_t>();
+  return {data, data + rows.numel()};
+}
+
+struct WeightedSwiglu {
+  ops::SwigluGradients gradients;
+  at::Tensor weights;  ///< [R]: gradient of the row weights
+};
+
+/// Backward of rows that are scaled by `weights` after the down projection. @param dout [R, I]: the
+/// gradient of the activation before the scaling.
+WeightedSwiglu weighted_swiglu_backward(const at::Tensor& dout, const at::Tensor& gate_up,
+                                        const at::Tensor& weights) {
+  WeightedSwiglu result{ops::swiglu_backward(dout, gate_up), {}};
+  result.weights = (dout * result.gradients.activation).sum(-1, false, weights.scalar_type());
+  const at::Tensor scale = weights.unsqueeze(1).to(dout.scalar_type());
+  result.gradients.activation.mul_(scale);
+  result.gradients.gate_up.mul_(scale);
+  return result;
+}
+
+}  // namespace
+
+DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer) {
+  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
+  const std::int64_t hidden = config.hidden_size;
+  const std::int64_t inner = config.intermediate_size;
+  gate_up_.weight = parameter_handle(table, prefix + "gate_proj.weight", {2 * inner, hidden});
+  down_.weight = parameter_handle(table, prefix + "down_proj.weight", {hidden, inner});
+  if (config.mlp_bias) {
+    gate_up_.bias = parameter_handle(table, prefix + "gate_proj.bias", {2 * inner});
+    down_.bias = parameter_handle(table, prefix + "down_proj.bias", {hidden});
+  }
+}
+
+at::Tensor DenseLayer::forward(Pass& pass, const at::Tensor& x) const {
+  const StageContext& context = pass.context;
+  at::Tensor gate_up;
+  {
+    const HeldWeight weight(context.parameters, gate_up_.weight);
+    const HeldWeight bias(context.parameters, gate_up_.bias);
+    gate_up = context.linear.column(x, *weight, *bias);
+  }
+  const at::Tensor activation = ops::swiglu(gate_up);
+  pass.save(Activation::kMlp, gate_up);
+  gate_up.reset();
+  const HeldWeight weight(context.parameters, down_.weight);
+  const HeldWeight bias(context.parameters, down_.bias);
+  return context.linear.row(activation, *weight, *bias);
+}
+
+at::Tensor DenseLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
+  const StageContext& context = pass.context;
+  WeightGradSink& sink = *context.gradients;
+  ops::SwigluGradients gradients;
+  {
+    const at::Tensor gate_up = pass.restore(Activation::kMlp);
+    const HeldWeight weight(context.parameters, down_.weight);
+    gradients = ops::swiglu_backward(context.linear.row_backward(dy, *weight), gate_up);
+  }
+  sink.linear(down_.weight, dy, gradients.activation);
+  gradients.activation.reset();
+  if (down_.bias) sink.add(down_.bias, ops::column_sum(dy));
+  sink.linear(gate_up_.weight, gradients.gate_up, x);
+  if (gate_up_.bias) sink.add(gate_up_.bias, ops::column_sum(gradients.gate_up));
+  const HeldWeight weight(context.parameters, gate_up_.weight);
+  return context.linear.column_backward(gradients.gate_up, *weight);
+}
+
+MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
+    : layer_(layer),
+      experts_(config.moe.experts),
+      router_options_{.top_k = config.moe.experts_per_token,
+                      .normalize = config.moe.normalize_top_k,
+                      .score = config.moe.score} {
+  const bool mixtral = config.model_type == "mixtral";
+  const std::string prefix =
+      fmt::format("model.layers.{}.{}.", layer, mixtral ? "block_sparse_moe" : "mlp");
+  const std::int64_t hidden = config.hidden_size;
+  const std::int64_t inner = config.moe.intermediate_size;
+  router_ = parameter_handle(table, prefix + "gate.weight", {experts_, hidden});
+  const std::string first = prefix + "experts.0.";
+  gate_up_ = parameter_handle(table, first + (mixtral ? "w1.weight" : "gate_proj.weight"),
+                              {experts_, 2 * inner, hidden});
+  down_ = parameter_handle(table, first + (mixtral ? "w2.weight" : "down_proj.weight"),
+                           {experts_, hidden, inner});
+}
+
+at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
+  const StageContext& context = pass.context;
+  ops::RouterOutput routed;
+  {
+    const HeldWeight weight(context.parameters, router_);
+    routed = ops::route(ops::matmul_nt(x, *weight), router_options_);
+  }
+  pass.z_loss_sum += routed.z_sum;
+  at::Tensor balance;
+  if (context.balance != nullptr) {
+    balance = context.balance->observe(static_cast<int>(layer_), routed.probabilities,
+                                       routed.experts, context.batch);
+  }
+  DispatchedTokens tokens = context.dispatcher.dispatch(x, routed.experts, experts_);
+  at::Tensor gate_up;
+  {
+    const HeldWeight weight(context.parameters, gate_up_);
+    gate_up = ops::grouped_matmul_nt(tokens.rows, *weight, tokens.expert_rows);
+  }
+  const bool keeps_rows = context.dispatcher.keeps_rows();
+  if (!keeps_rows) tokens.rows.reset();
+  const at::Tensor activation = ops::swiglu(gate_up);
+  if (pass.saves()) {
+    pass.save(Activation::kMlp, gate_up);
+    if (keeps_rows) pass.save(Activation::kMlp, tokens.rows);
+    pass.save(Activation::kRouting, expert_rows_tensor(tokens.expert_rows));
+    pass.save(Activation::kRouting, tokens.source);
+    pass.save(Activation::kRouting, routed.probabilities);
+    pass.save(Activation::kRouting, routed.weights);
+    pass.save(Activation::kRouting, routed.experts);
+    pass.save(Activation::kRouting, routed.lse);
+    pass.save(Activation::kRouting, balance);
+  }
+  gate_up.reset();
+  tokens.rows.reset();
+  at::Tensor y;
+  {
+    const HeldWeight weight(context.parameters, down_);
+    y = ops::grouped_matmul_nt(activation, *weight, tokens.expert_rows);
+  }
+  return context.dispatcher.combine(y, tokens, routed.weights);
+}
+
+at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
+  const StageContext& context = pass.context;
+  WeightGradSink& sink = *context.gradients;
+  const at::Tensor balance = pass.restore(Activation::kRouting);
+  ops::RouterOutput routed;
+  routed.lse = pass.restore(Activation::kRouting);
+  routed.experts = pass.restore(Activation::kRouting);
+  routed.weights = pass.restore(Activation::kRouting);
+  routed.probabilities = pass.restore(Activation::kRouting);
+  DispatchedTokens tokens;
+  tokens.source = pass.restore(Activation::kRouting);
+  tokens.expert_rows = expert_rows_vector(pass.restore(Activation::kRouting));
+  if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
+
+  CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
+  WeightedSwiglu through;
+  {
+    const at::Tensor gate_up = pass.restore(Activation::kMlp);
+    const HeldWeight weight(context.parameters, down_);
+    through =
+        weighted_swiglu_backward(ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows),
+                                 gate_up, combined.weights);
+  }
+  ops::SwigluGradients& gradients = through.gradients;
+  sink.grouped_linear(down_, combined.rows, gradients.activation, tokens.expert_rows);
+  combined = {};
+  gradients.activation.reset();
+  if (!tokens.rows.defined()) {
+    tokens.rows = context.dispatcher.rows_again(x, tokens, router_options_.top_k);
+  }
+  sink.grouped_linear(gate_up_, gradients.gate_up, tokens.rows, tokens.expert_rows);
+  tokens.rows.reset();
+  at::Tensor drows;
+  {
+    const HeldWeight weight(context.parameters, gate_up_);
+    drows = ops::grouped_matmul_nn(gradients.gate_up, *weight, tokens.expert_rows);
+  }
+  gradients = {};
+  DispatchGradients dispatched = context.dispatcher.dispatch_backward(
+      drows, through.weights, tokens, x.size(0), router_options_.top_k);
+  drows.reset();
+  const at::Tensor dlogits = ops::route_backward(dispatched.weights, routed, router_options_,
+                                                 balance, balance_groups(context.batch, balance),
+                                                 context.z_loss_weight, x.scalar_type());
+  sink.linear(router_, dlogits, x);
+  const HeldWeight weight(context.parameters, router_);
+  ops::matmul_nn_add_(dispatched.x, dlogits, *weight);
+  return dispatched.x;
+}
+
+}  // namespace meshloom::model::detail

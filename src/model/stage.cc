@@ -1,0 +1,247 @@
+#include "meshloom/model/stage.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <fmt/format.h>
+
+#include <array>
+#include <variant>
+#include <vector>
+
+#include "meshloom/core/check.h"
+#include "model/internal/layers.h"
+
+namespace meshloom::model {
+namespace {
+
+using detail::AttentionLayer;
+using detail::DenseLayer;
+using detail::HeldWeight;
+using detail::MoeLayer;
+using detail::Pass;
+
+/// The residual stream between two norms: stream + pending. The sum is only made inside the next
+/// norm, in one pass over memory.
+struct ResidualStream {
+  at::Tensor stream;
+  at::Tensor pending;  ///< undefined: nothing to add
+};
+
+/// One decoder layer: two norms, attention, and a dense or mixture-of-experts layer.
+class DecoderLayer {
+ public:
+  DecoderLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
+      : eps_(config.rms_norm_eps),
+        attention_(config, table, layer),
+        mlp_(config.moe_layers.at(std::size_t(layer))
+                 ? std::variant<DenseLayer, MoeLayer>(MoeLayer(config, table, layer))
+                 : std::variant<DenseLayer, MoeLayer>(DenseLayer(config, table, layer))) {
+    const std::string prefix = fmt::format("model.layers.{}.", layer);
+    const std::vector<std::int64_t> shape{config.hidden_size};
+    input_norm_ = parameter_handle(table, prefix + "input_layernorm.weight", shape);
+    post_norm_ = parameter_handle(table, prefix + "post_attention_layernorm.weight", shape);
+  }
+
+  void forward(Pass& pass, ResidualStream& h) const {
+    at::Tensor x = normalize(pass, h, input_norm_);
+    h.pending = attention_.forward(pass, x);
+    pass.save(Activation::kLayerInput, h.stream);
+    x = normalize(pass, h, post_norm_);
+    h.pending = std::visit([&](const auto& mlp) { return mlp.forward(pass, x); }, mlp_);
+    pass.save(Activation::kLayerInput, h.stream);
+  }
+
+  /// dh becomes the gradient of the layer's input.
+  void backward(Pass& pass, at::Tensor& dh) const {
+    sublayer_backward(pass, dh, post_norm_, [&](const at::Tensor& x) {
+      return std::visit([&](const auto& mlp) { return mlp.backward(pass, dh, x); }, mlp_);
+    });
+    sublayer_backward(pass, dh, input_norm_,
+                      [&](const at::Tensor& x) { return attention_.backward(pass, dh, x); });
+  }
+
+ private:
+  /// Settles what is pending and returns the norm of the stream.
+  at::Tensor normalize(const Pass& pass, ResidualStream& h, const ParameterHandle& norm) const {
+    const HeldWeight weight(pass.context.parameters, norm);
+    if (!h.pending.defined()) return ops::rms_norm(h.stream, *weight, eps_).y;
+    at::Tensor sum = std::move(h.pending);
+    at::Tensor x = ops::add_rms_norm_(sum, h.stream, *weight, eps_).y;
+    h = {std::move(sum), {}};
+    return x;
+  }
+
+  template <class Backward>
+  void sublayer_backward(Pass& pass, at::Tensor& dh, const ParameterHandle& norm,
+                         const Backward& backward) const {
+    const at::Tensor input = pass.restore(Activation::kLayerInput);
+    const HeldWeight weight(pass.context.parameters, norm);
+    at::Tensor dx;
+    at::Tensor rstd;
+    {
+      ops::NormOutput again = ops::rms_norm(input, *weight, eps_);
+      rstd = std::move(again.rstd);
+      dx = backward(again.y);
+    }
+    if (pass.context.gradients->deferred()) dh = dh.clone();  // the sink holds on to it
+    pass.context.gradients->add(norm, ops::rms_norm_backward_(dh, dx, input, *weight, rstd));
+  }
+
+  double eps_;
+  AttentionLayer attention_;
+  std::variant<DenseLayer, MoeLayer> mlp_;
+  ParameterHandle input_norm_;
+  ParameterHandle post_norm_;
+};
+
+class DecoderStage final : public Stage {
+ public:
+  DecoderStage(const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers,
+               bool with_embedding, bool with_head)
+      : config_(config), table_(parameter_table(config, layers, with_embedding, with_head)) {
+    for (std::int64_t i = layers.first; i < layers.second; ++i) {
+      layers_.emplace_back(config_, table_, i);
+    }
+    const std::vector<std::int64_t> vocabulary{config.vocab_size, config.hidden_size};
+    const char* embedding = "model.embed_tokens.weight";
+    if (with_embedding) embedding_ = parameter_handle(table_, embedding, vocabulary);
+    if (with_head) {
+      norm_ = parameter_handle(table_, "model.norm.weight", {config.hidden_size});
+      head_ = parameter_handle(table_, config.tie_word_embeddings ? embedding : "lm_head.weight",
+                               vocabulary);
+    }
+    frequencies_[0] = detail::rope_frequencies(config_, at::kFloat);
+    frequencies_[1] = detail::rope_frequencies(config_, at::kDouble);
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const ParameterTable& parameters() const override { return table_; }
+
+  StageOutput forward(const StageContext& context, const at::Tensor& input) override {
+    MESHLOOM_CHECK((context.gradients == nullptr) == (context.activations == nullptr),
+                   "model.stage", "gradients and activations are set together or not at all");
+    Pass pass{context, {}};
+    ResidualStream h;
+    if (embedding_) {
+      const HeldWeight weight(context.parameters, embedding_);
+      h.stream = ops::embedding(*weight, tokens_of(context.batch.tokens));
+    } else {
+      MESHLOOM_CHECK(
+          input.defined() && input.dim() == 2 && input.size(0) == context.batch.size() &&
+              input.size(1) == config_.hidden_size,
+          "model.stage",
+          fmt::format("input must be [{}, {}]", context.batch.size(), config_.hidden_size));
+      h.stream = input;
+    }
+    pass.tables = rope_tables(context, h.stream.scalar_type());
+    for (const DecoderLayer& layer : layers_) layer.forward(pass, h);
+    StageOutput output;
+    output.z_loss_sum = pass.z_loss_sum;
+    if (head_) {
+      output.loss_sum = head_forward(pass, h);
+    } else {
+      output.hidden = h.pending.defined() ? h.pending.add_(h.stream) : h.stream;
+    }
+    if (pass.saves()) {
+      pass.save(Activation::kOther, pass.tables.cos);
+      pass.save(Activation::kOther, pass.tables.sin);
+    }
+    return output;
+  }
+
+  at::Tensor backward(const StageContext& context, const at::Tensor& dhidden) override {
+    MESHLOOM_CHECK(context.gradients != nullptr && context.activations != nullptr, "model.stage",
+                   "backward needs gradients and activations");
+    Pass pass{context, {}};
+    pass.tables.sin = pass.restore(Activation::kOther);
+    pass.tables.cos = pass.restore(Activation::kOther);
+    at::Tensor dh;
+    if (head_) {
+      dh = head_backward(pass);
+    } else {
+      MESHLOOM_CHECK(
+          dhidden.defined() && dhidden.dim() == 2 && dhidden.size(0) == context.batch.size() &&
+              dhidden.size(1) == config_.hidden_size,
+          "model.stage",
+          fmt::format("dhidden must be [{}, {}]", context.batch.size(), config_.hidden_size));
+      dh = dhidden.clone();
+    }
+    for (auto layer = layers_.rbegin(); layer != layers_.rend(); ++layer) {
+      layer->backward(pass, dh);
+    }
+    if (!embedding_) return dh;
+    context.gradients->embedding(embedding_, tokens_of(context.batch.tokens), dh);
+    return {};
+  }
+
+ private:
+  static at::Tensor tokens_of(const at::Tensor& tokens) {
+    return tokens.defined() ? tokens : at::empty({0}, at::TensorOptions().dtype(at::kLong));
+  }
+
+  /// Angles are computed in fp32 for fp32 and bf16, as transformers does, and in fp64 for fp64.
+  ops::RopeTables rope_tables(const StageContext& context, at::ScalarType dtype) const {
+    const detail::RopeFrequencies& f = frequencies_[dtype == at::kDouble ? 1 : 0];
+    const at::Tensor positions = tokens_of(context.batch.positions);
+    return ops::rope_tables(positions, f.inverse.to(positions.device()), f.scaling);
+  }
+
+  double head_forward(const Pass& pass, ResidualStream& h) const {
+    const StageContext& context = pass.context;
+    ops::NormOutput normed;
+    {
+      const HeldWeight weight(context.parameters, norm_);
+      if (h.pending.defined()) {
+        normed = ops::add_rms_norm_(h.pending, h.stream, *weight, config_.rms_norm_eps);
+        h.stream = std::move(h.pending);
+      } else {
+        normed = ops::rms_norm(h.stream, *weight, config_.rms_norm_eps);
+      }
+    }
+    const HeldWeight weight(context.parameters, head_);
+    const at::Tensor labels = tokens_of(context.batch.labels);
+    if (!pass.saves()) return ops::linear_cross_entropy_loss(normed.y, *weight, labels).loss_sum;
+    ops::CrossEntropyOutput loss =
+        ops::linear_cross_entropy(normed.y, *weight, labels, context.loss_weight,
+                                  [&](const at::Tensor& dlogits, const at::Tensor& rows) {
+                                    context.gradients->linear(head_, dlogits, rows);
+                                  });
+    pass.save(Activation::kLayerInput, h.stream);
+    pass.save(Activation::kNorm, normed.rstd);
+    pass.save(Activation::kHead, loss.dhidden);
+    return loss.loss_sum;
+  }
+
+  at::Tensor head_backward(const Pass& pass) const {
+    const at::Tensor dnormed = pass.restore(Activation::kHead);
+    const at::Tensor rstd = pass.restore(Activation::kNorm);
+    const at::Tensor input = pass.restore(Activation::kLayerInput);
+    at::Tensor dh = at::zeros_like(dnormed);
+    const HeldWeight weight(pass.context.parameters, norm_);
+    pass.context.gradients->add(norm_, ops::rms_norm_backward_(dh, dnormed, input, *weight, rstd));
+    return dh;
+  }
+
+  ModelConfig config_;
+  ParameterTable table_;
+  std::vector<DecoderLayer> layers_;
+  ParameterHandle embedding_;
+  ParameterHandle norm_;
+  ParameterHandle head_;
+  std::array<detail::RopeFrequencies, 2> frequencies_;  ///< fp32, fp64
+};
+
+}  // namespace
+
+std::unique_ptr<Stage> build_stage(const ModelConfig& config,
+                                   std::pair<std::int64_t, std::int64_t> layers,
+                                   bool with_embedding, bool with_head) {
+  MESHLOOM_CHECK(
+      0 <= layers.first && layers.first < layers.second && layers.second <= config.layers,
+      "model.build_stage",
+      fmt::format("layers [{}, {}) of a model of {} layers", layers.first, layers.second,
+                  config.layers));
+  return std::make_unique<DecoderStage>(config, layers, with_embedding, with_head);
+}
+
+}  // namespace meshloom::model
