@@ -134,8 +134,15 @@ class Loader::Impl {
 
   std::shared_ptr<const Document> fetch(std::int64_t source, std::int64_t index) const {
     if (auto known = cache_.find(source, index)) return known;
-    auto document = std::make_shared<const Document>(
-        sources_[static_cast<std::size_t>(source)].source->load(index));
+    const Source& from = *sources_[static_cast<std::size_t>(source)].source;
+    std::shared_ptr<const Document> document;
+    try {
+      document = std::make_shared<const Document>(from.load(index));
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception& error) {  // a source of the user's own
+      throw DataError("data.load", fmt::format("{}: {}", from.describe(index), error.what()));
+    }
     validate(*document, source, index);
     cache_.put(source, index, document);
     return document;
@@ -200,7 +207,10 @@ class Loader::Impl {
                                            i, given.at("documents").dump(), given.at("name").dump(),
                                            mine.at("documents").dump(), mine.at("name").dump()));
       }
-      return detail::StreamPosition::from_json(json.at("position").dump(), sources_.size());
+      const auto position =
+          detail::StreamPosition::from_json(json.at("position").dump(), sources_.size());
+      stream_.check(position);
+      return position;
     } catch (const nlohmann::json::exception& error) {
       throw DataError(where, fmt::format("malformed state: {}", error.what()));
     }

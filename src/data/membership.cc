@@ -57,15 +57,14 @@ StepMembership StepMembership::from_bytes(const std::string& bytes) {
   for (std::int64_t i = 0; i < words[5]; ++i) {
     const std::int64_t* word = words.data() + kHeaderWords + i * kSampleWords;
     const DocumentRef ref{word[0], word[1], word[2], word[3]};
-    const plan::SampleInfo sample{i, ref.end - ref.begin, word[4]};
     if (ref.source < 0 || ref.document < 0 || ref.begin < 0 || ref.end <= ref.begin ||
-        sample.loss_tokens < 0 || sample.loss_tokens > sample.tokens) {
+        word[4] < 0 || word[4] > ref.end - ref.begin) {
       throw DataError(where, fmt::format("sample {}: source {}, document {}, tokens [{}, {}), {} "
                                          "loss tokens",
                                          i, ref.source, ref.document, ref.begin, ref.end, word[4]));
     }
     result.refs.push_back(ref);
-    result.samples.push_back(sample);
+    result.samples.push_back({i, ref.end - ref.begin, word[4]});
   }
   return result;
 }

@@ -101,6 +101,24 @@ StreamPosition StepStream::start() const {
   return position;
 }
 
+void StepStream::check(const StreamPosition& position) const {
+  bool good = position.step >= 0 && position.sources.size() == streams_.size();
+  for (std::size_t s = 0; good && s < streams_.size(); ++s) {
+    const SourcePosition& at = position.sources[s];
+    good = at.pass >= 0 && at.next >= 0 && at.tokens >= 0 && at.pass_tokens >= 0 &&
+           at.next < static_cast<std::int64_t>(streams_[s].documents.size());
+  }
+  if (good && position.pending) {
+    const auto& pending = *position.pending;
+    good = pending.source >= 0 && pending.source < static_cast<std::int64_t>(streams_.size()) &&
+           pending.document >= 0 && pending.begin >= 0 &&
+           pending.document < streams_[static_cast<std::size_t>(pending.source)].source->size();
+  }
+  if (!good) {
+    throw DataError("data.restore", "the position lies outside the sources: " + position.to_json());
+  }
+}
+
 void StepStream::order_pass(std::size_t source, std::int64_t pass) {
   Stream& stream = streams_[source];
   if (stream.order_pass == pass) return;

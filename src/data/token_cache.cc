@@ -88,7 +88,9 @@ class TokenCache::Impl {
       throw IoError("data.token_cache",
                     fmt::format("{}: {}", folder_, error ? error.message() : "not a folder"));
     }
-    scan();
+    if (!scan()) {
+      throw IoError("data.token_cache", fmt::format("{}: {}", folder_, std::strerror(errno)));
+    }
   }
 
   ~Impl() {
@@ -101,7 +103,7 @@ class TokenCache::Impl {
     const Key wanted = hashed(key);
     auto found = index_.find(wanted);
     if (found == index_.end()) {
-      scan();
+      (void)scan();
       found = index_.find(wanted);
     }
     if (found != index_.end()) {
@@ -202,12 +204,10 @@ class TokenCache::Impl {
     }
   }
 
-  // New segments of the folder, and new records of all.
-  void scan() {
+  // New segments of the folder, and new records of all. False where the folder is gone.
+  bool scan() {
     DIR* directory = ::opendir(folder_.c_str());
-    if (directory == nullptr) {
-      throw IoError("data.token_cache", fmt::format("{}: {}", folder_, std::strerror(errno)));
-    }
+    if (directory == nullptr) return false;
     while (const dirent* entry = ::readdir(directory)) {
       const std::string name = entry->d_name;
       if (!name.ends_with(kSegmentSuffix) || segments_.contains(name)) continue;
@@ -217,6 +217,7 @@ class TokenCache::Impl {
     }
     ::closedir(directory);
     for (auto& [name, segment] : segments_) scan_segment(segment);
+    return true;
   }
 
   bool open_own() {

@@ -46,6 +46,8 @@ class StepStream {
   StepStream(const std::vector<WeightedSource>& sources, const LoaderOptions& options);
 
   [[nodiscard]] StreamPosition start() const;
+  /// @throws DataError  the position is not one of this stream.
+  void check(const StreamPosition& position) const;
   /// The step at `position`, which moves behind it. @throws what `fetch` does, with `position` as
   /// it was; DataError for a pass without tokens.
   [[nodiscard]] StepMembership advance(StreamPosition& position, const Fetch& fetch);
