@@ -102,7 +102,7 @@ void expect_equal(const char* config_text, const Result& given, const Result& ex
     const auto b = expected.gradients.narrow(0, spec.offset, spec.elements());
     const double largest = b.abs().max().item<double>();
     ASSERT_GT(largest, 0.0) << spec.name << " has no gradient: the test would prove nothing";
-    EXPECT_LE((a - b).abs().max().item<double>(), kParity * largest) << spec.name;
+    EXPECT_LE(a.sub(b).abs().max().item<double>(), kParity * largest) << spec.name;
   }
 }
 
