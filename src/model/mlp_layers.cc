@@ -1,4 +1,3 @@
-#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
@@ -9,10 +8,8 @@
 namespace meshloom::model::detail {
 namespace {
 
-/// Tokens that each row of a balance gradient is for; empty where one row is for all.
-std::vector<std::int64_t> balance_groups(const SequenceBatch& batch, const at::Tensor& balance) {
+std::vector<std::int64_t> slice_tokens(const SequenceBatch& batch) {
   std::vector<std::int64_t> rows;
-  if (!balance.defined() || balance.size(0) == 1) return rows;
   rows.reserve(batch.documents.size());
   for (const DocumentSlice& document : batch.documents) rows.push_back(document.tokens());
   return rows;
@@ -49,7 +46,8 @@ WeightedSwiglu weighted_swiglu_backward(const at::Tensor& dout, const at::Tensor
 
 }  // namespace
 
-DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer) {
+DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table,
+                       std::int64_t layer) {
   const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t inner = config.intermediate_size;
@@ -171,14 +169,15 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   tokens.expert_rows = expert_rows_vector(pass.restore(Activation::kRouting));
   if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
 
-  CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
+  CombineGradients combined =
+      context.dispatcher.combine_backward(dy, tokens, routed.weights);
   WeightedSwiglu through;
   {
     const at::Tensor gate_up = pass.restore(Activation::kMlp);
     const HeldWeight weight(context.parameters, down_);
-    through =
-        weighted_swiglu_backward(ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows),
-                                 gate_up, combined.weights);
+    through = weighted_swiglu_backward(
+        ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows), gate_up,
+        combined.weights);
   }
   ops::SwigluGradients& gradients = through.gradients;
   sink.grouped_linear(down_, combined.rows, gradients.activation, tokens.expert_rows);
@@ -198,9 +197,9 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   DispatchGradients dispatched = context.dispatcher.dispatch_backward(
       drows, through.weights, tokens, x.size(0), router_options_.top_k);
   drows.reset();
-  const at::Tensor dlogits = ops::route_backward(dispatched.weights, routed, router_options_,
-                                                 balance, balance_groups(context.batch, balance),
-                                                 context.z_loss_weight, x.scalar_type());
+  const at::Tensor dlogits =
+      ops::route_backward(dispatched.weights, routed, router_options_, balance,
+                          slice_tokens(context.batch), context.z_loss_weight, x.scalar_type());
   sink.linear(router_, dlogits, x);
   const HeldWeight weight(context.parameters, router_);
   ops::matmul_nn_add_(dispatched.x, dlogits, *weight);
