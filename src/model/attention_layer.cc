@@ -80,18 +80,15 @@ at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::
   at::Tensor dout;
   {
     const HeldWeight weight(context.parameters, output_.weight);
-    dout = context.linear.row_backward(dy, *weight)
-               .view({tokens, layout_.heads, layout_.head_dim});
+    dout = context.linear.row_backward(dy, *weight).view({tokens, layout_.heads, layout_.head_dim});
   }
-  sink.linear(output_.weight, dy,
-              attention.out.view({tokens, layout_.heads * layout_.head_dim}));
+  sink.linear(output_.weight, dy, attention.out.view({tokens, layout_.heads * layout_.head_dim}));
   if (output_.bias) sink.add(output_.bias, ops::column_sum(dy));
 
   AttentionGradients gradients;
   {
     const Heads h = heads(pass, qkv);
-    gradients =
-        context.attention.backward(dout, h.q, h.k, h.v, attention, context.batch, options_);
+    gradients = context.attention.backward(dout, h.q, h.k, h.v, attention, context.batch, options_);
   }
   dout.reset();
   attention = {};
@@ -99,9 +96,8 @@ at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::
   if (q_norm_) {
     const HeldWeight q_weight(context.parameters, q_norm_);
     const HeldWeight k_weight(context.parameters, k_norm_);
-    ops::QkNormGradients through =
-        ops::qk_norm_rope_backward(gradients.dq, gradients.dk, gradients.dv, qkv, *q_weight,
-                                   *k_weight, eps_, pass.tables);
+    ops::QkNormGradients through = ops::qk_norm_rope_backward(
+        gradients.dq, gradients.dk, gradients.dv, qkv, *q_weight, *k_weight, eps_, pass.tables);
     sink.add(q_norm_, through.q_weight);
     sink.add(k_norm_, through.k_weight);
     dqkv = std::move(through.dqkv);

@@ -1,5 +1,6 @@
 #include "meshloom/model/balance_losses.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
@@ -109,8 +110,7 @@ void GlobalLaggedBalance::load_state(const at::Tensor& state) {
 }
 
 at::Tensor GlobalLaggedBalance::observe(int layer, const at::Tensor& probabilities,
-                                        const at::Tensor& experts,
-                                        const SequenceBatch& /*batch*/) {
+                                        const at::Tensor& experts, const SequenceBatch& /*batch*/) {
   const double factor = scale();
   counts_[layer] += count_choices(experts, experts_).to(counts_.device());
   if (!frequencies_.defined()) return {};
@@ -138,8 +138,8 @@ at::Tensor SequenceBalance::observe(int /*layer*/, const at::Tensor& probabiliti
       gradient[d] *= factor / static_cast<double>(document.length);
     }
     const std::int64_t rows = document.tokens();
-    if (rows > 0) account(gradient[d].to(probabilities.device()),
-                          probabilities.narrow(0, row, rows));
+    if (rows > 0)
+      account(gradient[d].to(probabilities.device()), probabilities.narrow(0, row, rows));
     row += rows;
   }
   return gradient.to(probabilities.options());

@@ -7,7 +7,6 @@
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <set>
 #include <sstream>
 #include <string_view>
@@ -25,37 +24,45 @@ using detail::find_family;
 using detail::kConfigWhere;
 using detail::refuse;
 
+std::set<std::string_view> split_words(std::string_view text) {
+  std::set<std::string_view> words;
+  while (!text.empty()) {
+    const std::size_t end = std::min(text.find(' '), text.size());
+    if (end > 0) words.insert(text.substr(0, end));
+    text.remove_prefix(std::min(end + 1, text.size()));
+  }
+  return words;
+}
+
 /// Keys that say nothing about the mathematics of a training step.
 const std::set<std::string_view>& harmless_keys() {
-  static const std::set<std::string_view> keys{
-      "add_cross_attention", "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
-      "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
-      "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
-      "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-      "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
-      "length_penalty", "max_length", "min_length", "model_max_length", "name_or_path",
-      "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-      "output_attentions", "output_hidden_states", "output_scores", "prefix", "pretraining_tp",
-      "problem_type", "prune_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
-      "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
-      "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torchscript",
-      "transformers_version", "transformers.js_config", "typical_p", "unsloth_fixed",
-      "unsloth_version", "use_bfloat16", "use_cache", "use_flash_attn"};
+  static const std::set<std::string_view> keys = split_words(
+      "add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens "
+      "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id "
+      "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+      "exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+      "forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty "
+      "max_length min_length model_max_length name_or_path no_repeat_ngram_size "
+      "num_beam_groups num_beams num_return_sequences output_attentions "
+      "output_hidden_states output_scores prefix pretraining_tp problem_type prune_heads "
+      "remove_invalid_values repetition_penalty return_dict return_dict_in_generate "
+      "sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+      "tokenizer_class top_k top_p torchscript transformers_version transformers.js_config "
+      "typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache use_flash_attn ");
   return keys;
 }
 
 const std::set<std::string_view>& known_keys() {
-  static const std::set<std::string_view> keys{
-      "attention_bias", "attention_dropout", "bos_token_id", "decoder_sparse_step", "dtype",
-      "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
-      "intermediate_size", "layer_types", "max_position_embeddings", "max_window_layers",
-      "mlp_bias", "mlp_only_layers", "model_type", "moe_intermediate_size", "norm_topk_prob",
-      "num_attention_heads", "num_experts", "num_experts_per_tok", "num_hidden_layers",
-      "num_key_value_heads", "num_local_experts", "original_max_position_embeddings",
-      "output_router_logits", "pad_token_id", "partial_rotary_factor", "rms_norm_eps",
-      "rope_parameters", "rope_scaling", "rope_theta", "router_aux_loss_coef",
-      "router_jitter_noise", "sliding_window", "tie_word_embeddings", "torch_dtype",
-      "use_sliding_window", "vocab_size"};
+  static const std::set<std::string_view> keys = split_words(
+      "attention_bias attention_dropout bos_token_id decoder_sparse_step dtype "
+      "eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size "
+      "layer_types max_position_embeddings max_window_layers mlp_bias mlp_only_layers "
+      "model_type moe_intermediate_size norm_topk_prob num_attention_heads num_experts "
+      "num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
+      "original_max_position_embeddings output_router_logits pad_token_id "
+      "partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta "
+      "router_aux_loss_coef router_jitter_noise sliding_window tie_word_embeddings "
+      "torch_dtype use_sliding_window vocab_size ");
   return keys;
 }
 
@@ -156,11 +163,22 @@ RopeConfig read_rope(const Json& root, const Fields& fields, const Family& famil
   if (parameters == nullptr) parameters = &empty;
   if (!parameters->is_object()) wrong_type(name, "an object", *parameters);
   for (const auto& [key, value] : parameters->items()) {
-    if (value.is_object()) refuse(fmt::format("{}.{}: rope per layer type is not built", name, key));
-    static const std::set<std::string_view> known{
-        "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor",
-        "low_freq_factor", "mscale", "mscale_all_dim", "original_max_position_embeddings",
-        "partial_rotary_factor", "rope_theta", "rope_type", "truncate", "type"};
+    if (value.is_object())
+      refuse(fmt::format("{}.{}: rope per layer type is not built", name, key));
+    static const std::set<std::string_view> known{"attention_factor",
+                                                  "beta_fast",
+                                                  "beta_slow",
+                                                  "factor",
+                                                  "high_freq_factor",
+                                                  "low_freq_factor",
+                                                  "mscale",
+                                                  "mscale_all_dim",
+                                                  "original_max_position_embeddings",
+                                                  "partial_rotary_factor",
+                                                  "rope_theta",
+                                                  "rope_type",
+                                                  "truncate",
+                                                  "type"};
     if (!known.contains(key) && !is_off(value)) {
       refuse(fmt::format("key \"{}.{}\" = {} is not built", name, key, value.dump()));
     }
@@ -196,7 +214,9 @@ RopeConfig read_rope(const Json& root, const Fields& fields, const Family& famil
     rope.low_freq_factor = inner.number("low_freq_factor");
     rope.high_freq_factor = inner.number("high_freq_factor");
   } else if (rope.type == "yarn") {
-    const auto nonzero = [](double value, double fallback) { return value != 0 ? value : fallback; };
+    const auto nonzero = [](double value, double fallback) {
+      return value != 0 ? value : fallback;
+    };
     rope.beta_fast = nonzero(inner.number("beta_fast", 0.0), 32.0);
     rope.beta_slow = nonzero(inner.number("beta_slow", 0.0), 1.0);
     rope.attention_factor = inner.number("attention_factor", 0.0);
@@ -209,23 +229,23 @@ RopeConfig read_rope(const Json& root, const Fields& fields, const Family& famil
 
 std::vector<std::int64_t> read_windows(const Fields& fields, const Family& family,
                                        std::int64_t layers) {
-  std::optional<std::int64_t> window;
+  std::int64_t window = 0;
   if (fields.get("sliding_window") != nullptr) {
     window = fields.size("sliding_window", 0);
   } else if (!fields.present("sliding_window")) {
     window = family.default_window;
   }
-  if (family.use_window_key && !fields.boolean("use_sliding_window", false)) window.reset();
+  if (family.use_window_key && !fields.boolean("use_sliding_window", false)) window = 0;
   if (!family.use_window_key && fields.boolean("use_sliding_window", false)) {
     refuse(fmt::format("use_sliding_window in model_type \"{}\" is not built", family.name));
   }
-  if (family.name == "llama" && window) {
+  if (family.name == "llama" && window > 0) {
     refuse("sliding_window in model_type \"llama\" is not built");
   }
-  std::vector<std::int64_t> result(static_cast<std::size_t>(layers), window.value_or(0));
+  std::vector<std::int64_t> result(static_cast<std::size_t>(layers), window);
   const Json* types = fields.get("layer_types");
   if (types == nullptr) {
-    if (family.layer_types_key && window) {
+    if (family.layer_types_key && window > 0) {
       const Json* first = fields.get("max_window_layers");
       if (first != nullptr && !first->is_number_integer()) {
         wrong_type("max_window_layers", "an integer", *first);
@@ -241,18 +261,20 @@ std::vector<std::int64_t> read_windows(const Fields& fields, const Family& famil
   for (std::size_t i = 0; i < result.size(); ++i) {
     const Json& type = (*types)[i];
     if (type == "full_attention") {
-      if (!family.layer_types_key && window) {
-        refuse(fmt::format("layer_types[{}] = full_attention beside sliding_window in model_type "
-                           "\"{}\" is not built",
-                           i, family.name));
+      if (!family.layer_types_key && window > 0) {
+        refuse(
+            fmt::format("layer_types[{}] = full_attention beside sliding_window in model_type "
+                        "\"{}\" is not built",
+                        i, family.name));
       }
       result[i] = 0;
     } else if (type == "sliding_attention") {
-      if (!window) {
-        throw DataError(kConfigWhere,
-                        fmt::format("layer_types[{}] is sliding_attention, but no sliding_window "
-                                    "is set{}",
-                                    i, family.use_window_key ? " or use_sliding_window is off" : ""));
+      if (window == 0) {
+        throw DataError(
+            kConfigWhere,
+            fmt::format("layer_types[{}] is sliding_attention, but no sliding_window "
+                        "is set{}",
+                        i, family.use_window_key ? " or use_sliding_window is off" : ""));
       }
     } else {
       refuse(fmt::format("layer_types[{}] = {} is not built", i, type.dump()));
@@ -268,8 +290,7 @@ void read_moe(ModelConfig& config, const Fields& fields) {
                     ? fields.size("num_local_experts")
                     : fields.size("num_experts");
   moe.experts_per_token = fields.size("num_experts_per_tok");
-  moe.intermediate_size =
-      mixtral ? config.intermediate_size : fields.size("moe_intermediate_size");
+  moe.intermediate_size = mixtral ? config.intermediate_size : fields.size("moe_intermediate_size");
   moe.normalize_top_k = mixtral || fields.boolean("norm_topk_prob", false);
   moe.aux_loss_coefficient = fields.number("router_aux_loss_coef", 0.001);
   moe.output_router_logits = fields.boolean("output_router_logits", false);
@@ -333,12 +354,12 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   config.layers = fields.size("num_hidden_layers");
   config.heads = fields.size("num_attention_heads");
   // Absent takes the family's default, null one per head; both as transformers does.
-  const std::int64_t kv_default = fields.present("num_key_value_heads") ? 0 : family.default_kv_heads;
-  config.kv_heads =
-      fields.size("num_key_value_heads", kv_default != 0 ? kv_default : config.heads);
+  const std::int64_t kv_default =
+      fields.present("num_key_value_heads") ? 0 : family.default_kv_heads;
+  config.kv_heads = fields.size("num_key_value_heads", kv_default != 0 ? kv_default : config.heads);
   const std::int64_t head_default = fields.present("head_dim") ? 0 : family.default_head_dim;
-  config.head_dim = fields.size(
-      "head_dim", head_default != 0 ? head_default : config.hidden_size / config.heads);
+  config.head_dim =
+      fields.size("head_dim", head_default != 0 ? head_default : config.hidden_size / config.heads);
   config.rms_norm_eps = fields.number("rms_norm_eps", family.eps);
   config.initializer_range = fields.number("initializer_range", 0.02);
   config.tie_word_embeddings = fields.boolean("tie_word_embeddings", false);

@@ -14,11 +14,11 @@ namespace detail {
 namespace {
 
 constexpr std::array<Family, 6> kFamilies{{
-    {"llama", "LlamaForCausalLM", 1e-6, 1e4, 0, 0, true, false, false, false, std::nullopt},
+    {"llama", "LlamaForCausalLM", 1e-6, 1e4, 0, 0, true, false, false, false, 0},
     {"mistral", "MistralForCausalLM", 1e-6, 1e4, 8, 0, false, false, false, false, 4096},
     {"qwen2", "Qwen2ForCausalLM", 1e-6, 1e4, 32, 0, false, true, true, false, 4096},
     {"qwen3", "Qwen3ForCausalLM", 1e-6, 1e4, 32, 128, true, true, true, false, 4096},
-    {"mixtral", "MixtralForCausalLM", 1e-5, 1e6, 8, 0, false, false, false, true, std::nullopt},
+    {"mixtral", "MixtralForCausalLM", 1e-5, 1e6, 8, 0, false, false, false, true, 0},
     {"qwen3_moe", "Qwen3MoeForCausalLM", 1e-6, 1e4, 4, 0, true, true, false, true, 4096},
 }};
 
@@ -68,7 +68,8 @@ std::string ModelConfig::to_json() const {
   }
   if (max_position_embeddings > 0) root["max_position_embeddings"] = max_position_embeddings;
   const auto expect = [&](bool condition, const char* what) {
-    if (!condition) detail::refuse(fmt::format("model_type \"{}\" cannot express {}", model_type, what));
+    if (!condition)
+      detail::refuse(fmt::format("model_type \"{}\" cannot express {}", model_type, what));
   };
   expect(family.attention_bias_key ? qkv_bias == output_bias
                                    : !output_bias && qkv_bias == (family.name == "qwen2"),

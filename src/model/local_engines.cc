@@ -45,8 +45,7 @@ AttentionOutput LocalAttention::forward(const at::Tensor& q, const at::Tensor& k
   const auto blocks = whole_documents(batch);
   const at::TensorOptions stat = statistics_like(q);
   at::Tensor out = at::zeros({q.size(0), q.size(1), q.size(2)}, stat);
-  at::Tensor lse =
-      at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), stat);
+  at::Tensor lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), stat);
   attention_forward_(out, lse, q, k, v, blocks, options);
   return {out.to(q.scalar_type()), lse};
 }
@@ -107,8 +106,7 @@ at::Tensor LocalLinear::column(const at::Tensor& x, const at::Tensor& weight,
   return ops::matmul_nt(x, weight, bias);
 }
 
-at::Tensor LocalLinear::row(const at::Tensor& x, const at::Tensor& weight,
-                            const at::Tensor& bias) {
+at::Tensor LocalLinear::row(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   return ops::matmul_nt(x, weight, bias);
 }
 

@@ -1,3 +1,4 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
@@ -46,8 +47,7 @@ WeightedSwiglu weighted_swiglu_backward(const at::Tensor& dout, const at::Tensor
 
 }  // namespace
 
-DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table,
-                       std::int64_t layer) {
+DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer) {
   const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t inner = config.intermediate_size;
@@ -169,15 +169,14 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   tokens.expert_rows = expert_rows_vector(pass.restore(Activation::kRouting));
   if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
 
-  CombineGradients combined =
-      context.dispatcher.combine_backward(dy, tokens, routed.weights);
+  CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
   WeightedSwiglu through;
   {
     const at::Tensor gate_up = pass.restore(Activation::kMlp);
     const HeldWeight weight(context.parameters, down_);
-    through = weighted_swiglu_backward(
-        ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows), gate_up,
-        combined.weights);
+    through =
+        weighted_swiglu_backward(ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows),
+                                 gate_up, combined.weights);
   }
   ops::SwigluGradients& gradients = through.gradients;
   sink.grouped_linear(down_, combined.rows, gradients.activation, tokens.expert_rows);

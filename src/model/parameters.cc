@@ -133,8 +133,9 @@ ParameterTable parameter_table(const ModelConfig& config,
                                std::pair<std::int64_t, std::int64_t> layers, bool with_embedding,
                                bool with_head) {
   const auto [first, last] = layers;
-  MESHLOOM_CHECK(0 <= first && first <= last && last <= config.layers, "model.parameter_table",
-                 fmt::format("layers [{}, {}) of a model of {} layers", first, last, config.layers));
+  MESHLOOM_CHECK(
+      0 <= first && first <= last && last <= config.layers, "model.parameter_table",
+      fmt::format("layers [{}, {}) of a model of {} layers", first, last, config.layers));
   config.validate();
   TableBuilder builder(config);
   const bool tied = config.tie_word_embeddings;
@@ -158,9 +159,9 @@ ParameterHandle parameter_handle(const ParameterTable& table, const std::string&
     boundary = spec->offset + spec->elements();
     if (boundary >= end) break;
   }
-  MESHLOOM_CHECK_EQ(boundary, end, "model.parameter_handle",
-                    fmt::format("end of the view [{}] from \"{}\" on", fmt::join(shape, ", "),
-                                first));
+  MESHLOOM_CHECK(boundary == end, "model.parameter_handle",
+                 fmt::format("a view [{}] from \"{}\" on does not end with a parameter",
+                             fmt::join(shape, ", "), first));
   return {start.offset, std::move(shape)};
 }
 

@@ -28,7 +28,9 @@ std::string hub_name(const ModelConfig& config, std::string name) {
   return name;
 }
 
-std::string shape_text(at::IntArrayRef shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string shape_text(at::IntArrayRef shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 at::Tensor flat_part(const at::Tensor& flat, const ParameterHandle& handle) {
   return flat.narrow(0, handle.offset, c10::multiply_integers(handle.shape)).view(handle.shape);
@@ -46,9 +48,9 @@ ParameterHandle match(const std::string& folder, const ModelConfig& config,
                                 folder, info.name, config.model_type));
   }
   if (expected.shape != info.shape) {
-    throw DataError(kLoadWhere, fmt::format("{}: tensor \"{}\" has shape {}, expected {}", folder,
-                                            info.name, shape_text(info.shape),
-                                            shape_text(expected.shape)));
+    throw DataError(kLoadWhere,
+                    fmt::format("{}: tensor \"{}\" has shape {}, expected {}", folder, info.name,
+                                shape_text(info.shape), shape_text(expected.shape)));
   }
   if (!at::isFloatingType(info.dtype)) {
     throw DataError(kLoadWhere, fmt::format("{}: tensor \"{}\" is of dtype {}, expected floating "
@@ -83,9 +85,8 @@ void require_all(const std::string& folder, const ParameterTable& table,
   constexpr std::size_t kShown = 3;
   const std::size_t count = missing.size();
   missing.resize(std::min(count, kShown));
-  throw DataError(kLoadWhere,
-                  fmt::format("{}: {} tensor(s) missing: {}{}", folder, count,
-                              fmt::join(missing, ", "), count > kShown ? ", ..." : ""));
+  throw DataError(kLoadWhere, fmt::format("{}: {} tensor(s) missing: {}{}", folder, count,
+                                          fmt::join(missing, ", "), count > kShown ? ", ..." : ""));
 }
 
 std::string dtype_name(at::ScalarType dtype) {
@@ -129,9 +130,8 @@ void remove_stale(const std::filesystem::path& folder, const std::set<std::strin
   std::error_code ignored;
   for (const auto& entry : std::filesystem::directory_iterator(folder, ignored)) {
     const std::string name = entry.path().filename().string();
-    const bool weights =
-        name == "model.safetensors" || name == "model.safetensors.index.json" ||
-        (name.starts_with("model-") && name.ends_with(".safetensors"));
+    const bool weights = name == "model.safetensors" || name == "model.safetensors.index.json" ||
+                         (name.starts_with("model-") && name.ends_with(".safetensors"));
     if (weights && !kept.contains(name)) std::filesystem::remove(entry.path(), ignored);
   }
 }
@@ -181,8 +181,8 @@ void load_pretrained(const std::string& folder, const ModelConfig& config,
       continue;
     }
     if (mark(table, handle, seen)) {
-      throw DataError(kLoadWhere, fmt::format("{}: tensor \"{}\" is there under two names", folder,
-                                              name));
+      throw DataError(kLoadWhere,
+                      fmt::format("{}: tensor \"{}\" is there under two names", folder, name));
     }
     flat_part(values, handle).copy_(entry.file->tensor(name));
   }
@@ -234,10 +234,9 @@ void save_pretrained(const std::string& folder, const ModelConfig& config,
   nlohmann::json index{{"metadata", {{"total_size", table.elements * element_bytes}}},
                        {"weight_map", nlohmann::json::object()}};
   for (std::size_t shard = 0; shard < shards.size(); ++shard) {
-    const std::string file =
-        shards.size() == 1
-            ? "model.safetensors"
-            : fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, shards.size());
+    const std::string file = shards.size() == 1 ? "model.safetensors"
+                                                : fmt::format("model-{:05}-of-{:05}.safetensors",
+                                                              shard + 1, shards.size());
     std::vector<TensorInfo> entries;
     for (std::size_t i = shards[shard].first; i < shards[shard].second; ++i) {
       const ParameterSpec& spec = table.parameters[i];

@@ -47,8 +47,8 @@ SequenceBatch make_batch(const std::vector<Document>& documents, std::int64_t fi
     total += static_cast<std::int64_t>(document.tokens.size());
   }
   const auto options = at::TensorOptions().dtype(at::kLong);
-  SequenceBatch batch{at::empty({total}, options), at::empty({total}, options),
-                      at::empty({total}, options), {}};
+  SequenceBatch batch{
+      at::empty({total}, options), at::empty({total}, options), at::empty({total}, options), {}};
   std::int64_t* tokens = batch.tokens.data_ptr<std::int64_t>();
   std::int64_t* positions = batch.positions.data_ptr<std::int64_t>();
   std::int64_t* labels = batch.labels.data_ptr<std::int64_t>();
@@ -61,8 +61,7 @@ SequenceBatch make_batch(const std::vector<Document>& documents, std::int64_t fi
     for (std::int64_t t = 0; t < length; ++t) {
       *tokens++ = document.tokens[std::size_t(t)];
       *positions++ = t;
-      const bool target =
-          t + 1 < length && (mask.empty() || mask[static_cast<std::size_t>(t + 1)]);
+      const bool target = t + 1 < length && (mask.empty() || mask[static_cast<std::size_t>(t + 1)]);
       *labels++ = target ? document.tokens[std::size_t(t + 1)] : kIgnoreLabel;
     }
     batch.documents.push_back({first_sample++, length, {{{0, length}, {length, length}}}});

@@ -55,7 +55,9 @@ HeaderJson parse_strictly(const std::string& path, const char* begin, const char
 /// Reads one header entry; `where` is the message's beginning.
 TensorInfo parse_entry(const std::string& where, const std::string& name, const HeaderJson& entry,
                        std::int64_t data_bytes) {
-  const auto bad = [&](const std::string& what) { return DataError(kSafetensorsWhere, where + what); };
+  const auto bad = [&](const std::string& what) {
+    return DataError(kSafetensorsWhere, where + what);
+  };
   if (!entry.is_object() || !entry.contains("dtype") || !entry.contains("shape") ||
       !entry.contains("data_offsets") || !entry["dtype"].is_string() ||
       !entry["shape"].is_array() || !entry["data_offsets"].is_array() ||
@@ -156,7 +158,8 @@ void SafetensorsFile::read_header() {
   for (int i = 0; i < kLengthBytes; ++i) {
     length |= static_cast<std::uint64_t>(static_cast<unsigned char>(mapping_->data[i])) << (8 * i);
   }
-  if (length > static_cast<std::uint64_t>(std::min(detail::kMaxHeaderBytes, bytes - kLengthBytes))) {
+  if (length >
+      static_cast<std::uint64_t>(std::min(detail::kMaxHeaderBytes, bytes - kLengthBytes))) {
     throw DataError(kSafetensorsWhere,
                     fmt::format("{}: header of {} bytes in a file of {}; truncated, or not "
                                 "safetensors",
@@ -172,7 +175,8 @@ void SafetensorsFile::read_header() {
       tensors_.push_back(parse_entry(where, name, entry, data_bytes));
       continue;
     }
-    if (!entry.is_object()) throw DataError(kSafetensorsWhere, path_ + ": __metadata__ is no object");
+    if (!entry.is_object())
+      throw DataError(kSafetensorsWhere, path_ + ": __metadata__ is no object");
     for (const auto& [key, value] : entry.items()) {
       if (!value.is_string()) {
         throw DataError(kSafetensorsWhere,
@@ -196,9 +200,8 @@ void SafetensorsFile::read_header() {
     index_.emplace(info.name, index_.size());
   }
   if (position != data_bytes) {
-    throw DataError(kSafetensorsWhere,
-                    fmt::format("{}: tensors take {} bytes, the file holds {}", path_, position,
-                                data_bytes));
+    throw DataError(kSafetensorsWhere, fmt::format("{}: tensors take {} bytes, the file holds {}",
+                                                   path_, position, data_bytes));
   }
 }
 
@@ -247,13 +250,12 @@ SafetensorsFolder::SafetensorsFolder(const std::string& folder) {
   const fs::path index = root / "model.safetensors.index.json";
   std::ifstream stream(index, std::ios::binary);
   if (!stream) {
-    throw IoError(kSafetensorsWhere,
-                  fmt::format("{}: neither model.safetensors nor model.safetensors.index.json",
-                              folder));
+    throw IoError(
+        kSafetensorsWhere,
+        fmt::format("{}: neither model.safetensors nor model.safetensors.index.json", folder));
   }
   const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
-  const HeaderJson parsed =
-      parse_strictly(index.string(), text.data(), text.data() + text.size());
+  const HeaderJson parsed = parse_strictly(index.string(), text.data(), text.data() + text.size());
   const auto map = parsed.find("weight_map");
   const auto bad = [&](const std::string& what) {
     return DataError(kSafetensorsWhere, index.string() + ": " + what);

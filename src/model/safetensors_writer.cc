@@ -30,7 +30,8 @@ IoError io_error(const std::string& path, const char* what) {
 /// Makes a rename in the folder of `path` durable.
 void sync_folder(const std::string& path) {
   const std::string folder = std::filesystem::path(path).parent_path().string();
-  const int file = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const int file =
+      ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (file < 0) return;  // some file systems cannot; the data themselves are safe
   ::fsync(file);
   ::close(file);
@@ -68,9 +69,8 @@ std::string make_header(std::vector<TensorInfo>& entries,
     entry.begin = position;
     position += c10::multiply_integers(entry.shape) * dtype->bytes;
     entry.end = position;
-    root[entry.name] = {{"dtype", dtype->name},
-                        {"shape", entry.shape},
-                        {"data_offsets", {entry.begin, entry.end}}};
+    root[entry.name] = {
+        {"dtype", dtype->name}, {"shape", entry.shape}, {"data_offsets", {entry.begin, entry.end}}};
   }
   std::string text = root.dump();
   constexpr std::size_t kAlignment = 64;

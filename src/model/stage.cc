@@ -126,12 +126,11 @@ class DecoderStage final : public Stage {
       const HeldWeight weight(context.parameters, embedding_);
       h.stream = ops::embedding(*weight, tokens_of(context.batch.tokens));
     } else {
-      MESHLOOM_CHECK(input.defined() && input.dim() == 2 &&
-                         input.size(0) == context.batch.size() &&
-                         input.size(1) == config_.hidden_size,
-                     "model.stage",
-                     fmt::format("input must be [{}, {}]", context.batch.size(),
-                                 config_.hidden_size));
+      MESHLOOM_CHECK(
+          input.defined() && input.dim() == 2 && input.size(0) == context.batch.size() &&
+              input.size(1) == config_.hidden_size,
+          "model.stage",
+          fmt::format("input must be [{}, {}]", context.batch.size(), config_.hidden_size));
       h.stream = input;
     }
     pass.tables = rope_tables(context, h.stream.scalar_type());
@@ -160,12 +159,11 @@ class DecoderStage final : public Stage {
     if (head_) {
       dh = head_backward(pass);
     } else {
-      MESHLOOM_CHECK(dhidden.defined() && dhidden.dim() == 2 &&
-                         dhidden.size(0) == context.batch.size() &&
-                         dhidden.size(1) == config_.hidden_size,
-                     "model.stage",
-                     fmt::format("dhidden must be [{}, {}]", context.batch.size(),
-                                 config_.hidden_size));
+      MESHLOOM_CHECK(
+          dhidden.defined() && dhidden.dim() == 2 && dhidden.size(0) == context.batch.size() &&
+              dhidden.size(1) == config_.hidden_size,
+          "model.stage",
+          fmt::format("dhidden must be [{}, {}]", context.batch.size(), config_.hidden_size));
       dh = dhidden.clone();
     }
     for (auto layer = layers_.rbegin(); layer != layers_.rend(); ++layer) {
@@ -203,11 +201,11 @@ class DecoderStage final : public Stage {
     const HeldWeight weight(context.parameters, head_);
     const at::Tensor labels = tokens_of(context.batch.labels);
     if (!pass.saves()) return ops::linear_cross_entropy_loss(normed.y, *weight, labels).loss_sum;
-    ops::CrossEntropyOutput loss = ops::linear_cross_entropy(
-        normed.y, *weight, labels, context.loss_weight,
-        [&](const at::Tensor& dlogits, const at::Tensor& rows) {
-          context.gradients->linear(head_, dlogits, rows);
-        });
+    ops::CrossEntropyOutput loss =
+        ops::linear_cross_entropy(normed.y, *weight, labels, context.loss_weight,
+                                  [&](const at::Tensor& dlogits, const at::Tensor& rows) {
+                                    context.gradients->linear(head_, dlogits, rows);
+                                  });
     pass.save(Activation::kLayerInput, h.stream);
     pass.save(Activation::kNorm, normed.rstd);
     pass.save(Activation::kHead, loss.dhidden);
@@ -220,8 +218,7 @@ class DecoderStage final : public Stage {
     const at::Tensor input = pass.restore(Activation::kLayerInput);
     at::Tensor dh = at::zeros_like(dnormed);
     const HeldWeight weight(pass.context.parameters, norm_);
-    pass.context.gradients->add(norm_,
-                                ops::rms_norm_backward_(dh, dnormed, input, *weight, rstd));
+    pass.context.gradients->add(norm_, ops::rms_norm_backward_(dh, dnormed, input, *weight, rstd));
     return dh;
   }
 
@@ -239,11 +236,11 @@ class DecoderStage final : public Stage {
 std::unique_ptr<Stage> build_stage(const ModelConfig& config,
                                    std::pair<std::int64_t, std::int64_t> layers,
                                    bool with_embedding, bool with_head) {
-  MESHLOOM_CHECK(0 <= layers.first && layers.first < layers.second &&
-                     layers.second <= config.layers,
-                 "model.build_stage",
-                 fmt::format("layers [{}, {}) of a model of {} layers", layers.first,
-                             layers.second, config.layers));
+  MESHLOOM_CHECK(
+      0 <= layers.first && layers.first < layers.second && layers.second <= config.layers,
+      "model.build_stage",
+      fmt::format("layers [{}, {}) of a model of {} layers", layers.first, layers.second,
+                  config.layers));
   return std::make_unique<DecoderStage>(config, layers, with_embedding, with_head);
 }
 

@@ -13,15 +13,15 @@ struct RopeConfig {
   std::string type = "default";  ///< default, linear, llama3, yarn
   double theta = 10000.0;
   double factor = 1.0;
-  double low_freq_factor = 1.0;   ///< llama3
-  double high_freq_factor = 4.0;  ///< llama3
+  double low_freq_factor = 1.0;                       ///< llama3
+  double high_freq_factor = 4.0;                      ///< llama3
   std::int64_t original_max_position_embeddings = 0;  ///< llama3, yarn
-  double beta_fast = 32.0;         ///< yarn
-  double beta_slow = 1.0;          ///< yarn
-  double attention_factor = 0.0;   ///< yarn; 0: derived
-  double mscale = 0.0;             ///< yarn
-  double mscale_all_dim = 0.0;     ///< yarn
-  bool truncate = true;            ///< yarn
+  double beta_fast = 32.0;                            ///< yarn
+  double beta_slow = 1.0;                             ///< yarn
+  double attention_factor = 0.0;                      ///< yarn; 0: derived
+  double mscale = 0.0;                                ///< yarn
+  double mscale_all_dim = 0.0;                        ///< yarn
+  bool truncate = true;                               ///< yarn
 };
 
 enum class RouterScore : std::uint8_t { kSoftmax, kSigmoid };

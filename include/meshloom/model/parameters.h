@@ -55,9 +55,9 @@ struct MESHLOOM_API ParameterTable {
 /// experts' (gate, up) and all experts' down; final norm; head. Names are the Hub checkpoints':
 /// experts one by one. With tied embeddings the head is the embedding's tensor.
 /// @throws InvalidArgument  the layer range is outside the model.
-[[nodiscard]] MESHLOOM_API ParameterTable parameter_table(
-    const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers, bool with_embedding,
-    bool with_head);
+[[nodiscard]] MESHLOOM_API ParameterTable
+parameter_table(const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers,
+                bool with_embedding, bool with_head);
 
 /// Handle of parameter `first` and the neighbours after it that `shape` takes in.
 /// @throws InvalidArgument  unknown name, or the elements from it on do not make up `shape`.

@@ -37,8 +37,8 @@ MESHLOOM_API void load_pretrained(const std::string& folder, const ModelConfig& 
                                                               const at::Tensor& flat);
 
 struct SaveOptions {
-  at::ScalarType dtype = at::kFloat;                ///< of the stored weights
-  std::int64_t max_shard_bytes = 5'000'000'000;     ///< more are split over several files
+  at::ScalarType dtype = at::kFloat;             ///< of the stored weights
+  std::int64_t max_shard_bytes = 5'000'000'000;  ///< more are split over several files
 };
 
 /// Writes config.json and the weights as a folder that transformers opens, under the Hub's names

@@ -30,8 +30,8 @@ struct DispatchGradients {
 
 /// Brings tokens to their experts and results back; dropless. The default is a single rank that
 /// holds all experts. An instance belongs to one micro-batch; its ranks call it in the same order.
-/// Experts' outputs are never saved: since a row's weight w scales y = act W^T, the gradient of w is
-/// (dout W) . act, which backward has at hand where the expert lives.
+/// Experts' outputs are never saved: since a row's weight w scales y = act W^T, the gradient of w
+/// is (dout W) . act, which backward has at hand where the expert lives.
 class MESHLOOM_API TokenDispatcher {
  public:
   virtual ~TokenDispatcher();
@@ -51,8 +51,7 @@ class MESHLOOM_API TokenDispatcher {
   virtual at::Tensor combine(const at::Tensor& y, const DispatchedTokens& routing,
                              const at::Tensor& weights) = 0;
   /// @param dout  [T, hidden]
-  virtual CombineGradients combine_backward(const at::Tensor& dout,
-                                            const DispatchedTokens& routing,
+  virtual CombineGradients combine_backward(const at::Tensor& dout, const DispatchedTokens& routing,
                                             const at::Tensor& weights) = 0;
   /// @param drows  [R, hidden] @param dweights  [R], of the router's weights
   virtual DispatchGradients dispatch_backward(const at::Tensor& drows, const at::Tensor& dweights,

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -22,7 +21,7 @@ struct Family {
   bool use_window_key;   ///< use_sliding_window switches sliding_window on
   bool layer_types_key;  ///< windows differ by layer
   bool moe;
-  std::optional<std::int64_t> default_window;
+  std::int64_t default_window;  ///< 0: none
 };
 
 /// @throws NotSupported  not one of ours; lists those that are.
