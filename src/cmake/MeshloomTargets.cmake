@@ -5,7 +5,8 @@ set(MESHLOOM_GENERATED_DIR "${PROJECT_BINARY_DIR}/generated")
 function(meshloom_compile_flags target)
   target_compile_features(${target} PRIVATE cxx_std_20)
   target_compile_options(${target} PRIVATE
-    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -g1>)
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion
+      -Wno-missing-field-initializers -Wno-restrict -g1>)
   if(MESHLOOM_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
   endif()
