@@ -9,8 +9,10 @@
 namespace meshloom::model::detail {
 namespace {
 
-std::vector<std::int64_t> slice_tokens(const SequenceBatch& batch) {
+/// Tokens that each row of a balance gradient is for; empty where one row is for all.
+std::vector<std::int64_t> balance_groups(const SequenceBatch& batch, const at::Tensor& balance) {
   std::vector<std::int64_t> rows;
+  if (!balance.defined() || balance.size(0) == 1) return rows;
   rows.reserve(batch.documents.size());
   for (const DocumentSlice& document : batch.documents) rows.push_back(document.tokens());
   return rows;
@@ -196,9 +198,9 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   DispatchGradients dispatched = context.dispatcher.dispatch_backward(
       drows, through.weights, tokens, x.size(0), router_options_.top_k);
   drows.reset();
-  const at::Tensor dlogits =
-      ops::route_backward(dispatched.weights, routed, router_options_, balance,
-                          slice_tokens(context.batch), context.z_loss_weight, x.scalar_type());
+  const at::Tensor dlogits = ops::route_backward(dispatched.weights, routed, router_options_,
+                                                 balance, balance_groups(context.batch, balance),
+                                                 context.z_loss_weight, x.scalar_type());
   sink.linear(router_, dlogits, x);
   const HeldWeight weight(context.parameters, router_);
   ops::matmul_nn_add_(dispatched.x, dlogits, *weight);
