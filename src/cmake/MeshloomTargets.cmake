@@ -6,7 +6,7 @@ function(meshloom_compile_flags target)
   target_compile_features(${target} PRIVATE cxx_std_20)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion
-      -Wno-missing-field-initializers -Wno-restrict -g1>)
+      -Wno-missing-field-initializers -Wno-restrict -Wno-subobject-linkage -g1>)
   if(MESHLOOM_WERROR)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
   endif()
