@@ -3,3 +3,12 @@ meshloom_add_extension(_plan
   SOURCES
     bindings/plan/module.cc
   LIBRARIES meshloom::plan)
+
+if(MESHLOOM_HAS_TORCH)
+  meshloom_add_extension(_core
+    SOURCES
+      bindings/core/comm.cc
+      bindings/core/module.cc
+    LIBRARIES meshloom::meshloom LibTorch::torch_python LibTorch::torch_cpu)
+  target_compile_definitions(_core PRIVATE AT_PER_OPERATOR_HEADERS)
+endif()

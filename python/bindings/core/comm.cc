@@ -1,0 +1,191 @@
+#include <pybind11/chrono.h>
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/core/bindings.h"
+#include "meshloom/comm/backends.h"
+#include "meshloom/comm/communicator.h"
+
+namespace meshloom::bindings {
+namespace {
+
+namespace py = pybind11;
+using comm::CallOptions;
+using comm::Communicator;
+using comm::GroupOptions;
+using comm::Work;
+using Limit = std::optional<std::chrono::milliseconds>;
+using Pieces = std::vector<std::pair<int, at::Tensor>>;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+// CallOptions keeps a pointer: names live as long as the process, and there are few of them.
+const char* interned(const std::string& purpose) {
+  static std::mutex mutex;
+  static std::set<std::string> names;
+  const std::lock_guard lock(mutex);
+  return names.insert(purpose).first->c_str();
+}
+
+CallOptions call_options(const Limit& timeout, const std::string& purpose) {
+  CallOptions options;
+  options.timeout = timeout;
+  options.purpose = interned(purpose);
+  return options;
+}
+
+std::vector<comm::Transfer> transfers(const Pieces& pieces) {
+  std::vector<comm::Transfer> result;
+  for (const auto& [peer, tensor] : pieces) result.push_back({peer, &tensor});
+  return result;
+}
+
+void bind_work(py::module_& module) {
+  py::class_<Work>(module, "Work", "One started operation; copies share it.")
+      .def("done", &Work::done, "True once the operation ended, well or badly. Never blocks.")
+      .def("wait", &Work::wait, py::arg("limit") = py::none(), Unlocked(),
+           "Blocks until the operation ends; the limit is in seconds or a timedelta.")
+      .def("result", &Work::result, py::arg("limit") = py::none(), Unlocked(),
+           "wait(), then the output of the operations that return one.");
+}
+
+void bind_traffic(py::module_& module) {
+  py::class_<comm::TrafficEntry>(module, "TrafficEntry", "Bytes and calls under one purpose.")
+      .def_readonly("calls", &comm::TrafficEntry::calls)
+      .def_readonly("sent_bytes", &comm::TrafficEntry::sent_bytes)
+      .def_readonly("received_bytes", &comm::TrafficEntry::received_bytes)
+      .def_readonly("sent_to", &comm::TrafficEntry::sent_to);
+}
+
+void bind_communicator(py::module_& module) {
+  py::enum_<comm::ReduceOp>(module, "ReduceOp")
+      .value("SUM", comm::ReduceOp::kSum)
+      .value("MAX", comm::ReduceOp::kMax)
+      .value("MIN", comm::ReduceOp::kMin);
+  const Limit none;
+  const std::string other = "other";
+  py::class_<Communicator>(module, "Communicator",
+                           "A group of ranks and its traffic. Collective calls start the operation "
+                           "and return a Work; all ranks make them in the same order.")
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("size", &Communicator::size)
+      .def_property_readonly("name", &Communicator::name)
+      .def_property_readonly("backend", &Communicator::backend)
+      .def_property_readonly("deterministic", &Communicator::deterministic)
+      .def(
+          "all_reduce_",
+          [](Communicator& self, at::Tensor tensor, comm::ReduceOp op, const Limit& timeout,
+             const std::string& purpose) {
+            return self.all_reduce_(tensor, op, call_options(timeout, purpose));
+          },
+          py::arg("tensor"), py::arg("op") = comm::ReduceOp::kSum, py::arg("timeout") = none,
+          py::arg("purpose") = other, Unlocked(), "Element-wise reduction, in place.")
+      .def(
+          "all_gather",
+          [](Communicator& self, const at::Tensor& input, const std::vector<std::int64_t>& rows,
+             const Limit& timeout, const std::string& purpose) {
+            return self.all_gather(input, rows, call_options(timeout, purpose));
+          },
+          py::arg("input"), py::arg("rows"), py::arg("timeout") = none, py::arg("purpose") = other,
+          Unlocked(), "Every rank's rows, concatenated in rank order.")
+      .def(
+          "reduce_scatter",
+          [](Communicator& self, const at::Tensor& input, const std::vector<std::int64_t>& rows,
+             const Limit& timeout, const std::string& purpose) {
+            return self.reduce_scatter(input, rows, call_options(timeout, purpose));
+          },
+          py::arg("input"), py::arg("rows"), py::arg("timeout") = none, py::arg("purpose") = other,
+          Unlocked(), "Sum over ranks, of which this rank keeps its rows.")
+      .def(
+          "all_to_all",
+          [](Communicator& self, const at::Tensor& input,
+             const std::vector<std::int64_t>& send_rows, const std::vector<std::int64_t>& recv_rows,
+             const Limit& timeout, const std::string& purpose) {
+            return self.all_to_all(input, send_rows, recv_rows, call_options(timeout, purpose));
+          },
+          py::arg("input"), py::arg("send_rows"), py::arg("recv_rows"), py::arg("timeout") = none,
+          py::arg("purpose") = other, Unlocked(), "Row blocks of input to all ranks.")
+      .def(
+          "broadcast_",
+          [](Communicator& self, at::Tensor tensor, int root, const Limit& timeout,
+             const std::string& purpose) {
+            return self.broadcast_(tensor, root, call_options(timeout, purpose));
+          },
+          py::arg("tensor"), py::arg("root"), py::arg("timeout") = none, py::arg("purpose") = other,
+          Unlocked(), "The root's tensor to all ranks, in place.")
+      .def(
+          "barrier",
+          [](Communicator& self, const Limit& timeout, const std::string& purpose) {
+            return self.barrier(call_options(timeout, purpose));
+          },
+          py::arg("timeout") = none, py::arg("purpose") = other, Unlocked())
+      .def(
+          "send_receive",
+          [](Communicator& self, const Pieces& sends, const Pieces& receives, const Limit& timeout,
+             const std::string& purpose) {
+            return self.send_receive(transfers(sends), transfers(receives),
+                                     call_options(timeout, purpose));
+          },
+          py::arg("sends"), py::arg("receives"), py::arg("timeout") = none,
+          py::arg("purpose") = other, Unlocked(),
+          "Grouped sends and receives, each a pair (peer, tensor); receives write in place.")
+      .def("split", &Communicator::split, py::arg("color"), py::arg("key"), py::arg("name"),
+           Unlocked(), "Groups by colour, ranks ordered by (key, rank); blocks.")
+      .def("traffic", &Communicator::traffic, "Bytes handed to the transport, by purpose.")
+      .def("reset_traffic", &Communicator::reset_traffic)
+      .def("abort", &Communicator::abort, py::arg("reason"), Unlocked(),
+           "Ends every pending and future call on this rank with CommError.");
+}
+
+}  // namespace
+
+void bind_comm(py::module_& module) {
+  bind_work(module);
+  bind_traffic(module);
+  bind_communicator(module);
+  py::class_<GroupOptions>(module, "GroupOptions")
+      .def(py::init([](const std::string& name, bool deterministic) {
+             GroupOptions options;
+             options.name = name;
+             options.deterministic = deterministic;
+             return options;
+           }),
+           py::arg("name") = "world", py::arg("deterministic") = false)
+      .def_readwrite("name", &GroupOptions::name)
+      .def_readwrite("timeout", &GroupOptions::timeout)
+      .def_readwrite("deterministic", &GroupOptions::deterministic);
+  module.def("make_thread_world", &comm::make_thread_world, py::arg("size"),
+             py::arg("options") = GroupOptions(), "Communicators of one process, one a thread.");
+  module.def("run_thread_ranks", &comm::run_thread_ranks, py::arg("size"), py::arg("body"),
+             py::arg("options") = GroupOptions(), py::arg("threads_per_rank") = 1, Unlocked(),
+             "Runs body(communicator) on `size` threads and rethrows the first failure.");
+  module.def("make_mpi_world", &comm::make_mpi_world, py::arg("options") = GroupOptions(),
+             Unlocked(), "The process's place under mpirun.");
+  module.def(
+      "make_fake_world",
+      [](int rank, int size, const GroupOptions& options) {
+        return comm::make_fake_world(rank, size, options);
+      },
+      py::arg("rank"), py::arg("size"), py::arg("options") = GroupOptions(),
+      "A rank of a world that moves nothing.");
+  module.def("make_nccl_world", &comm::make_nccl_world, py::arg("bootstrap"), py::arg("device"),
+             py::arg("options") = GroupOptions(), Unlocked(), "NCCL over CUDA devices.");
+  module.def(
+      "make_world",
+      [](const GroupOptions& options) {
+        return comm::make_world(Environment::from_process(), options);
+      },
+      py::arg("options") = GroupOptions(), Unlocked(), "What the launcher's variables say.");
+}
+
+}  // namespace meshloom::bindings

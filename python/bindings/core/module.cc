@@ -1,0 +1,14 @@
+#include <pybind11/pybind11.h>
+
+#include "bindings/core/bindings.h"
+#include "bindings/errors.h"
+#include "meshloom/core/version.h"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Communication, models, data and training; import torch first.";
+  meshloom::bindings::register_errors(module);
+  pybind11::module_::import("meshloom._plan");  // registers StepPlan, Layout, ...
+  module.attr("__version__") = meshloom::kVersion;
+  module.attr("torch_version") = meshloom::kLibTorchVersion;
+  meshloom::bindings::bind_comm(module);
+}
