@@ -5,8 +5,116 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import TypeAlias
 
 from meshloom import _plan
-from meshloom._errors import InvalidArgument
+from meshloom._errors import InvalidArgument, PlanError
+from meshloom._plan import (
+    BalanceStrategy,
+    CostModel,
+    Layout,
+    MemoryModel,
+    PlanProblem,
+    SampleInfo,
+    StepPlan,
+    Violation,
+    register_strategy,
+    strategy_names,
+    verify,
+)
+
+__all__ = ["check_file", "find_strategy", "make_plan", "plan", "register_strategy",
+           "strategy_names", "verify"]
+
+Strategy: TypeAlias = "str | BalanceStrategy"
+
+
+def plan(
+    lengths: Iterable[int | SampleInfo],
+    *,
+    capacity_tokens: int,
+    hdp: int | None = None,
+    layout: Layout | None = None,
+    strategy: Strategy = "balanced",
+    cost: CostModel | None = None,
+    memory: MemoryModel | None = None,
+    lockstep: str = "none",
+    ranks_per_node: int = 0,
+    step: int = 0,
+) -> StepPlan:
+    """Decides which of the ranks work together on which samples, in which order.
+
+    `lengths` are tokens of each sample (sample i gets id i and every token after its first is a
+    target) or SampleInfo. The plan is a pure function of the arguments, and it has been verified.
+    Raises InvalidArgument for a malformed problem and PlanError if the strategy broke a contract.
+    """
+    if (hdp is None) == (layout is None):
+        raise InvalidArgument("[plan] give either hdp or layout: one of them says how many ranks")
+    problem = PlanProblem()
+    problem.step = step
+    problem.layout = layout if layout is not None else Layout(hdp=hdp)
+    problem.capacity_tokens = capacity_tokens
+    problem.lockstep = lockstep
+    problem.samples = [
+        entry if isinstance(entry, SampleInfo) else SampleInfo(id=index, tokens=int(entry))
+        for index, entry in enumerate(lengths)
+    ]
+    problem.ranks_per_node = ranks_per_node
+    if cost is not None:
+        problem.cost = cost
+    if memory is not None:
+        problem.memory = memory
+    return make_plan(problem, strategy)
+
+
+def find_strategy(name: str) -> Strategy:
+    """A registered name as it is; `module:Class` (or `file.py:Class`) as an instance of the class."""
+    if ":" not in name:
+        return name
+    module_name, _, class_name = name.rpartition(":")
+    if module_name.endswith(".py"):
+        folder, module_name = os.path.split(module_name[:-3])
+        sys.path.insert(0, os.path.abspath(folder))
+    elif os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        strategy = getattr(importlib.import_module(module_name), class_name)()
+    except (ImportError, AttributeError) as error:
+        raise InvalidArgument(f"[plan.strategy] {name!r} cannot be loaded: {error}") from error
+    if not isinstance(strategy, BalanceStrategy):
+        raise InvalidArgument(
+            f"[plan.strategy] {name!r} is a {type(strategy).__name__}, expected a subclass of"
+            " meshloom.BalanceStrategy"
+        )
+    return strategy
+
+
+def make_plan(problem: PlanProblem, strategy: Strategy = "balanced") -> StepPlan:
+    """Validates the problem, runs the strategy, predicts and verifies."""
+    return _plan.make_plan(problem, strategy)
+
+
+def check_file(path: str) -> tuple[StepPlan, list[Violation]]:
+    """A plan file and every contract it breaks: those of the plan, then those of the programs."""
+    loaded = StepPlan.load(path)
+    violations = _plan.check_plan(loaded)
+    if not violations:
+        violations = _plan.check_programs(loaded, _plan.compile(loaded))
+    return loaded, violations
+
+
+def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
+    """The same samples on the same mesh by another strategy; None where it cannot serve."""
+    problem = PlanProblem()
+    problem.step = plan_of_step.step
+    problem.layout = plan_of_step.layout
+    problem.capacity_tokens = plan_of_step.capacity_tokens
+    problem.lockstep = plan_of_step.lockstep
+    problem.cost = plan_of_step.cost
+    problem.memory = plan_of_step.memory
+    problem.samples = plan_of_step.samples
+    try:
+        return make_plan(problem, strategy)
+    except (InvalidArgument, PlanError):
+        return None
