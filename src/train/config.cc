@@ -165,6 +165,7 @@ void read_data(detail::YamlSection& top, DataSection& data) {
   if (!section) return;
   section->read("paths", data.paths);
   section->read("weights", data.weights);
+  section->read("extensions", data.extensions);
   section->read("tokenizer", data.tokenizer);
   section->read("vocab_size", data.vocab_size);
   section->read("max_document_tokens", data.max_document_tokens);
@@ -357,6 +358,9 @@ std::string TrainConfig::to_yaml() const {
   out << YAML::EndSeq;
   out << YAML::Key << "weights" << YAML::Value << YAML::Flow << YAML::BeginSeq;
   for (const double weight : data.weights) out << number(weight);
+  out << YAML::EndSeq;
+  out << YAML::Key << "extensions" << YAML::Value << YAML::Flow << YAML::BeginSeq;
+  for (const std::string& ending : data.extensions) out << YAML::DoubleQuoted << ending;
   out << YAML::EndSeq;
   text("tokenizer", data.tokenizer);
   plain("vocab_size", data.vocab_size);

@@ -49,8 +49,9 @@ struct ModelSection {
 struct DataSection {
   std::vector<std::string> paths;  ///< folders of text files, or .jsonl files; YAML takes one too
   std::vector<double> weights;     ///< one a path; empty: by size
-  std::string tokenizer;           ///< tokenizer.json or SentencePiece model; empty: train one
-  std::int64_t vocab_size = 8192;  ///< of a tokenizer trained here
+  std::vector<std::string> extensions;  ///< of files in folders, e.g. ".py"; empty: all text files
+  std::string tokenizer;                ///< tokenizer.json or SentencePiece model; empty: train one
+  std::int64_t vocab_size = 8192;       ///< of a tokenizer trained here
   std::int64_t max_document_tokens = 0;
   double held_out_fraction = 0.0;
   std::string cache;  ///< folder; empty: <run>/cache

@@ -1,0 +1,162 @@
+#include "meshloom/train/open_data.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "meshloom/core/error.h"
+#include "meshloom/core/hash.h"
+#include "meshloom/data/sources.h"
+#include "train/internal/collective.h"
+
+namespace meshloom::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+bool is_jsonl(const std::string& path) { return fs::path(path).extension() == ".jsonl"; }
+
+/// What of the corpus is text to train a tokenizer on, and a name that changes with it.
+struct Corpus {
+  std::vector<std::string> files;
+  std::string fingerprint;
+};
+
+Corpus corpus_of(const DataSection& section) {
+  std::vector<std::string> folders;
+  Corpus corpus;
+  for (const std::string& path : section.paths) {
+    (is_jsonl(path) ? corpus.files : folders).push_back(path);
+  }
+  std::string key;
+  for (const std::string& path : corpus.files) {
+    std::error_code ignored;
+    key += fmt::format("{}:{};", path, fs::file_size(path, ignored));
+  }
+  if (!folders.empty()) {
+    data::TextFolderOptions options;
+    options.extensions = section.extensions;
+    for (const auto& file : data::list_text_files(folders, options).files) {
+      corpus.files.push_back(file.path);
+      key += fmt::format("{}:{};", file.key, file.bytes);
+    }
+  }
+  corpus.fingerprint = fmt::format("{:016x}", hash_bytes(key));
+  return corpus;
+}
+
+std::string cache_folder(const TrainConfig& config) {
+  return config.data.cache.empty() ? (fs::path(config.run) / "cache").string() : config.data.cache;
+}
+
+/// Trains a tokenizer where the cache holds none for this corpus. @returns its file.
+std::string cached_tokenizer(const TrainConfig& config) {
+  const Corpus corpus = corpus_of(config.data);
+  const fs::path folder = cache_folder(config);
+  const fs::path file =
+      folder / fmt::format("tokenizer-{}-{}.model", config.data.vocab_size, corpus.fingerprint);
+  std::error_code failure;
+  if (fs::exists(file, failure)) return file.string();
+  fs::create_directories(folder, failure);
+  if (failure) {
+    throw IoError("train.open_data", fmt::format("cannot make the cache folder {}: {}",
+                                                 folder.string(), failure.message()));
+  }
+  data::TokenizerTraining options;
+  options.vocab_size = config.data.vocab_size;
+  options.seed = config.seed;
+  data::train_sentencepiece(corpus.files, file.string(), options);
+  return file.string();
+}
+
+/// The SentencePiece file to open, the same on all ranks. Collective.
+std::string tokenizer_file(const TrainConfig& config, comm::Communicator& world) {
+  const std::string& given = config.data.tokenizer;
+  if (!given.empty()) {
+    if (fs::path(given).extension() == ".json") {
+      throw NotSupported("train.open_data",
+                         fmt::format("{} is read by Python's `tokenizers`; train from Python or "
+                                     "with `meshloom train`, or give a SentencePiece model",
+                                     given));
+    }
+    return given;
+  }
+  std::string file;
+  std::optional<detail::LocalFailure> failure;
+  if (world.rank() == 0) {
+    try {
+      file = cached_tokenizer(config);
+    } catch (const std::exception&) {
+      failure = detail::current_failure();
+    }
+  }
+  detail::agree(world, "train.open_data", failure);
+  return detail::broadcast_text(world, file, 0);
+}
+
+std::shared_ptr<data::Source> open_source(const DataSection& section, const std::string& path,
+                                          const std::shared_ptr<data::Tokenizer>& tokenizer) {
+  if (is_jsonl(path)) return data::jsonl({path}, tokenizer);
+  data::TextFolderOptions options;
+  options.extensions = section.extensions;
+  return data::text_folder({path}, tokenizer, options);
+}
+
+std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, std::int64_t vocab_size,
+                                          const std::shared_ptr<data::Tokenizer>& tokenizer) {
+  if (tokenizer->vocab_size() > vocab_size) {
+    throw InvalidArgument(
+        "train.open_data",
+        fmt::format("the tokenizer has {} tokens, but the model's vocab_size is {}",
+                    tokenizer->vocab_size(), vocab_size));
+  }
+  std::vector<std::shared_ptr<data::Source>> sources;
+  for (const std::string& path : config.data.paths) {
+    sources.push_back(open_source(config.data, path, tokenizer));
+  }
+  std::vector<data::WeightedSource> weighted;
+  if (config.data.weights.empty()) {  // by size: every document equally likely
+    weighted.push_back(
+        {sources.size() == 1 ? sources.front() : data::concatenate(std::move(sources))});
+  } else {
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      weighted.push_back({sources[i], config.data.weights[i]});
+    }
+  }
+  data::LoaderOptions options;
+  options.global_batch_tokens = config.global_batch_tokens;
+  options.max_document_tokens = config.data.max_document_tokens;
+  options.seed = config.seed;
+  options.held_out_fraction = config.data.held_out_fraction;
+  options.vocab_size = vocab_size;
+  options.timeout =
+      std::chrono::milliseconds(static_cast<std::int64_t>(config.timeout_seconds * 1e3));
+  return std::make_shared<data::Loader>(std::move(weighted), options);
+}
+
+}  // namespace
+
+std::shared_ptr<data::Loader> open_data(const TrainConfig& config, std::int64_t vocab_size,
+                                        comm::Communicator world,
+                                        std::shared_ptr<data::Tokenizer> tokenizer) {
+  if (config.data.paths.empty()) {
+    throw InvalidArgument("train.open_data", "data.paths is empty, expected folders or files");
+  }
+  const std::string file = tokenizer ? "" : tokenizer_file(config, world);
+  std::shared_ptr<data::Loader> loader;
+  std::optional<detail::LocalFailure> failure;
+  try {
+    if (!tokenizer) tokenizer = data::load_sentencepiece(file);
+    loader = make_loader(config, vocab_size, tokenizer);
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  detail::agree(world, "train.open_data", failure);
+  return loader;
+}
+
+}  // namespace meshloom::train
