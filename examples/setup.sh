@@ -99,7 +99,7 @@ meshloom_missing_packages() {
   if ! command -v mpirun > /dev/null || ! command -v mpicc > /dev/null; then
     echo openmpi-bin libopenmpi-dev
   fi
-  for package in libfmt-dev nlohmann-json3-dev libsentencepiece-dev; do
+  for package in libfmt-dev nlohmann-json3-dev libsentencepiece-dev libyaml-cpp-dev libxxhash-dev; do
     meshloom_has_package "$package" || echo "$package"
   done
   if [ "${1:-}" = tests ]; then

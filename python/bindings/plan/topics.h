@@ -1,0 +1,14 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+/// One function a source file; called once by the module.
+namespace meshloom::bindings {
+
+void bind_models(pybind11::module_& module);     ///< layout, cost and memory models
+void bind_step_plan(pybind11::module_& module);  ///< samples, units, plans, per-rank lists
+void bind_strategy(pybind11::module_& module);   ///< problems, strategies, their registry
+void bind_program(pybind11::module_& module);    ///< instructions, programs, compile
+void bind_verifier(pybind11::module_& module);
+
+}  // namespace meshloom::bindings
