@@ -21,30 +21,28 @@
 #include "meshloom/core/error.h"
 
 namespace meshloom::data {
-namespace {
+namespace detail {
 
 constexpr std::uint64_t kRecordMagic = 0x315345524B54'4C4DULL;  // "MLTKRES1"
-constexpr const char* kSegmentSuffix = ".tokens";
-constexpr std::uint64_t kLongestRecord = 1ULL << 40;  // tokens; more is damage
+constexpr std::uint64_t kLongestRecord = 1ULL << 40;            // tokens; more is damage
 
-using Key = std::array<char, 32>;  // hash of the caller's key, hexadecimal
+using RecordKey = std::array<char, 32>;  // hash of the caller's key, hexadecimal
 
-struct KeyHash {
-  std::size_t operator()(const Key& key) const { return detail::hash64({key.data(), key.size()}); }
+struct RecordKeyHash {
+  std::size_t operator()(const RecordKey& key) const { return hash64({key.data(), key.size()}); }
 };
 
 // In front of every document in a segment, then int32 tokens, then the mask if there is one.
 struct RecordHeader {
   std::uint64_t magic = kRecordMagic;
-  Key key{};
+  RecordKey key{};
   std::uint64_t tokens = 0;
   std::uint64_t mask_bytes = 0;
   std::uint64_t payload_hash = 0;
   std::uint64_t header_hash = 0;  ///< of all fields above
 
   [[nodiscard]] std::uint64_t own_hash() const {
-    return detail::hash64(
-        {reinterpret_cast<const char*>(this), offsetof(RecordHeader, header_hash)});
+    return hash64({reinterpret_cast<const char*>(this), offsetof(RecordHeader, header_hash)});
   }
   [[nodiscard]] std::uint64_t payload_bytes() const {
     return tokens * sizeof(std::int32_t) + mask_bytes;
@@ -56,9 +54,15 @@ struct RecordHeader {
 };
 static_assert(sizeof(RecordHeader) == 72, "the record header has no padding");
 
-Key hashed(const std::string& key) {
+}  // namespace detail
+
+namespace {
+
+constexpr const char* kSegmentSuffix = ".tokens";
+
+detail::RecordKey hashed(const std::string& key) {
   const std::string text = detail::hash128_hex(key);
-  Key result;
+  detail::RecordKey result;
   std::copy(text.begin(), text.end(), result.begin());
   return result;
 }
@@ -100,7 +104,7 @@ class TokenCache::Impl {
 
   std::optional<Document> find(const std::string& key) {
     const std::lock_guard lock(mutex_);
-    const Key wanted = hashed(key);
+    const detail::RecordKey wanted = hashed(key);
     auto found = index_.find(wanted);
     if (found == index_.end()) {
       (void)scan();
@@ -121,7 +125,7 @@ class TokenCache::Impl {
   void add(const std::string& key, const Document& document) {
     const std::lock_guard lock(mutex_);
     if (!statistics_.write_error.empty() || !open_own()) return;
-    RecordHeader header;
+    detail::RecordHeader header;
     header.key = hashed(key);
     header.tokens = document.tokens.size();
     header.mask_bytes = document.loss_mask.size();
@@ -162,13 +166,13 @@ class TokenCache::Impl {
   struct Place {
     int descriptor = -1;
     std::uint64_t offset = 0;
-    RecordHeader header;
+    detail::RecordHeader header;
   };
 
   std::optional<Document> read(const Place& place) const {
     std::string payload(place.header.payload_bytes(), '\0');
     if (!read_exactly(place.descriptor, payload.data(), payload.size(),
-                      place.offset + sizeof(RecordHeader)) ||
+                      place.offset + sizeof(detail::RecordHeader)) ||
         detail::hash64(payload) != place.header.payload_hash) {
       return std::nullopt;
     }
@@ -189,8 +193,8 @@ class TokenCache::Impl {
     const off_t end = ::lseek(segment.descriptor, 0, SEEK_END);
     if (end < 0) return;
     const auto bytes = static_cast<std::uint64_t>(end);
-    while (segment.scanned + sizeof(RecordHeader) <= bytes) {
-      RecordHeader header;
+    while (segment.scanned + sizeof(detail::RecordHeader) <= bytes) {
+      detail::RecordHeader header;
       if (!read_exactly(segment.descriptor, &header, sizeof(header), segment.scanned)) return;
       if (!header.valid()) {
         segment.damaged = true;
@@ -251,7 +255,7 @@ class TokenCache::Impl {
   std::string folder_;
   mutable std::mutex mutex_;
   std::map<std::string, Segment> segments_;
-  std::unordered_map<Key, Place, KeyHash> index_;
+  std::unordered_map<detail::RecordKey, Place, detail::RecordKeyHash> index_;
   int own_ = -1;
   std::string own_name_;
   std::uint64_t own_end_ = 0;

@@ -362,20 +362,25 @@ void ProgramGraph::report_cycle(const std::vector<bool>& done) {
     seen[node] = true;
     node = before[node];
   }
+  const std::size_t first_meeting = base_.back() + 2 * programs_.back().instructions.size();
   std::vector<std::string> names;
   const std::size_t round = node;
   do {
-    const auto owner = std::upper_bound(base_.begin(), base_.end(), node) - base_.begin() - 1;
-    const auto rank = static_cast<std::size_t>(owner);
-    const std::size_t index = (node - base_[rank]) / 2;
-    if (index < programs_[rank].instructions.size()) {
-      std::string text = describe(plan_, programs_[rank], index);
-      if (names.empty() || names.back() != text) names.push_back(std::move(text));
+    std::string text;
+    if (node >= first_meeting) {
+      const Place& place = joint_[node - first_meeting].front();
+      text = fmt::format("{} of ranks {} in {}", to_string(rendezvous_at(place).kind),
+                         list_text(rendezvous_at(place).ranks), name(place));
+    } else {
+      const auto owner = std::upper_bound(base_.begin(), base_.end(), node) - base_.begin() - 1;
+      const auto rank = static_cast<std::size_t>(owner);
+      text = describe(plan_, programs_[rank], (node - base_[rank]) / 2);
     }
+    if (names.empty() || names.back() != text) names.push_back(std::move(text));
     node = before[node];
   } while (node != round);
   if (names.size() > 1 && names.front() == names.back()) names.pop_back();
-  constexpr std::size_t kShown = 6;
+  constexpr std::size_t kShown = 12;
   std::string text;
   for (std::size_t i = 0; i < std::min(names.size(), kShown); ++i) {
     text += (i ? " waits for " : "") + names[i];

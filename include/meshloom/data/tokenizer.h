@@ -48,7 +48,7 @@ struct CallbackTokenizer {
 
 struct TokenizerTraining {
   std::int64_t vocab_size = 8192;       ///< at most; small corpora give fewer
-  std::int64_t max_bytes = 30'000'000;  ///< of text sampled for training
+  std::int64_t max_bytes = 15'000'000;  ///< of text sampled for training
   std::uint64_t seed = 0;               ///< of the sample
 };
 

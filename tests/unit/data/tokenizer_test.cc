@@ -1,5 +1,7 @@
 #include "meshloom/data/tokenizer.h"
 
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/ones.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -38,8 +40,8 @@ class SentencePiece : public ::testing::Test {
   static void SetUpTestSuite() {
     folder_ = new TemporaryFolder();
     files_ = new std::vector<std::string>();
-    for (std::uint64_t i = 0; i < 4; ++i) {
-      files_->push_back(folder_->write("c" + std::to_string(i) + ".py", sample_code(i)));
+    for (const char* name : {"a.py", "b.py", "c.py", "d.py"}) {
+      files_->push_back(folder_->write(name, sample_code(files_->size())));
     }
     train_sentencepiece(*files_, folder_->path("model"), small());
     tokenizer_ = new std::shared_ptr<Tokenizer>(load_sentencepiece(folder_->path("model")));
@@ -122,6 +124,16 @@ TEST_F(SentencePiece, TrainingIsRepeatable) {
   train_sentencepiece(*files_, folder_->path("seed1"), less);
   EXPECT_NE(content(folder_->path("seed0")), content(folder_->path("seed1")));
   EXPECT_NE(load_sentencepiece(folder_->path("seed0"))->fingerprint(),
+            (*tokenizer_)->fingerprint());
+}
+
+// Both carry a protobuf of their own; a clash of symbols would end the process.
+TEST_F(SentencePiece, LivesBesideLibTorch) {
+  const at::Tensor product = at::ones({8, 8}).matmul(at::ones({8, 8}));
+  EXPECT_EQ(product.sum().item<float>(), 512.0F);
+  train_sentencepiece(*files_, folder_->path("beside"), small());
+  EXPECT_EQ(content(folder_->path("beside")), content(folder_->path("model")));
+  EXPECT_EQ(load_sentencepiece(folder_->path("beside"))->fingerprint(),
             (*tokenizer_)->fingerprint());
 }
 
