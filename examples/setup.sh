@@ -103,7 +103,9 @@ meshloom_missing_packages() {
     meshloom_has_package "$package" || echo "$package"
   done
   if [ "${1:-}" = tests ]; then
-    meshloom_has_package libgtest-dev || echo libgtest-dev
+    for package in libgtest-dev librapidcheck-dev; do
+      meshloom_has_package "$package" || echo "$package"
+    done
     command -v clang-format-14 > /dev/null || echo clang-format-14
   fi
   [ -n "${MESHLOOM_PYTHON:-}" ] || [ -n "$(meshloom_find_python)" ] ||

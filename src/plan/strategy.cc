@@ -7,6 +7,7 @@
 
 #include "meshloom/core/check.h"
 #include "meshloom/plan/verifier.h"
+#include "plan/strategies/slot_builder.h"
 #include "plan/strategies/strategies.h"
 
 namespace meshloom::plan {
@@ -81,6 +82,37 @@ void PlanProblem::validate() const {
                  fmt::format("samples: id {} occurs more than once", repeated->id));
 }
 
+PlanProblem PlanProblem::from_lengths(const std::vector<std::int64_t>& lengths,
+                                      const Layout& layout, std::int64_t capacity_tokens) {
+  PlanProblem problem;
+  problem.layout = layout;
+  problem.capacity_tokens = capacity_tokens;
+  problem.samples.reserve(lengths.size());
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    problem.samples.push_back({.id = static_cast<std::int64_t>(i),
+                               .tokens = lengths[i],
+                               .loss_tokens = std::max<std::int64_t>(lengths[i] - 1, 0)});
+  }
+  return problem;
+}
+
+std::vector<Slot> into_slots(std::vector<Unit> units, int hdp) {
+  SlotBuilder builder(hdp);
+  for (std::size_t u = 0; u < units.size(); ++u) {
+    const auto refuse = [&](const std::string& what) {
+      throw PlanError("plan.into_slots", fmt::format("unit {}: {}", u, what));
+    };
+    if (units[u].ranks.empty()) refuse("no ranks");
+    for (const int rank : units[u].ranks) {
+      if (rank < 0 || rank >= hdp) {
+        refuse(fmt::format("rank {}, expected 0 .. {}", rank, hdp - 1));
+      }
+    }
+    builder.add(std::move(units[u]));
+  }
+  return std::move(builder).take();
+}
+
 std::shared_ptr<BalanceStrategy> make_strategy(
     std::function<std::vector<Slot>(const PlanProblem&)> assign) {
   return std::make_shared<FunctionStrategy>(std::move(assign));
@@ -91,6 +123,8 @@ std::shared_ptr<StrategyRegistry> make_strategy_registry() {
   registry->add("static", make_static);
   registry->add("naive_hdp", make_naive_hdp);
   registry->add("balanced", make_balanced);
+  registry->add("bytescale", make_bytescale);
+  registry->add("exact", make_exact);
   return registry;
 }
 

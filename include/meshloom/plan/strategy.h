@@ -27,6 +27,10 @@ struct MESHLOOM_API PlanProblem {
   /// Most tokens of one sample, and of a rank's capacity: sums and squares stay exact enough.
   static constexpr std::int64_t kMaxTokens = std::int64_t{1} << 40;
 
+  /// A problem from plain lengths: ids 0 .. n-1, every token but the first a target.
+  [[nodiscard]] static PlanProblem from_lengths(const std::vector<std::int64_t>& lengths,
+                                                const Layout& layout, std::int64_t capacity_tokens);
+
   /// @throws InvalidArgument  names the field: non-positive capacity, empty or duplicate samples,
   ///   tokens < 1, loss tokens outside 0..tokens, a sample that does not fit the whole axis.
   void validate() const;
@@ -44,6 +48,11 @@ using StrategyRegistry = Registry<BalanceStrategy>;
 
 /// A registry with `static`, `naive_hdp` and `balanced` (and what else is built in).
 [[nodiscard]] MESHLOOM_API std::shared_ptr<StrategyRegistry> make_strategy_registry();
+
+/// Puts units into slots in the order given: each into the first slot after all slots that its
+/// ranks are already in, so that every rank meets its units in that order.
+/// @throws PlanError  a unit has no ranks, or one outside 0 .. hdp-1; names the unit.
+[[nodiscard]] MESHLOOM_API std::vector<Slot> into_slots(std::vector<Unit> units, int hdp);
 
 /// Wraps a function as a strategy.
 [[nodiscard]] MESHLOOM_API std::shared_ptr<BalanceStrategy> make_strategy(

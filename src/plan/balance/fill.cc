@@ -135,6 +135,7 @@ std::vector<Slot> to_slots(const PlanProblem& problem, const Model& model,
     for (const int rank : piece.ranks) next[static_cast<std::size_t>(rank)] = slot + 1;
     if (slot >= slots.size()) slots.resize(slot + 1);
     Unit unit;
+    std::int64_t tokens = 0;
     unit.ranks = piece.ranks;
     unit.samples.reserve(piece.items.size());
     for (const int index : piece.items) {
@@ -145,8 +146,10 @@ std::vector<Slot> to_slots(const PlanProblem& problem, const Model& model,
           unit.samples.push_back(problem.samples[static_cast<std::size_t>(rider)].id);
         }
       }
-      unit.offload = std::max(unit.offload, item.offload);
+      tokens += item.tokens;
     }
+    const auto degree = static_cast<int>(piece.ranks.size());
+    unit.offload = model.memory.offload_needed(model.capacity, degree, tokens).value_or(0.0);
     unit.exchange = piece.ranks.size() > 1 ? Exchange::kRing : Exchange::kLocal;
     slots[slot].units.push_back(std::move(unit));
   }

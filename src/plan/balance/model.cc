@@ -22,6 +22,7 @@ Model::Model(const PlanProblem& problem)
     : ranks(problem.layout.hdp),
       ranks_per_node(problem.ranks_per_node > 0 ? std::min(problem.ranks_per_node, ranks) : ranks),
       capacity(problem.capacity_tokens),
+      memory(problem.memory),
       cost(problem.cost),
       bound(lower_bound(problem)) {
   items.resize(problem.samples.size());
@@ -36,14 +37,12 @@ Model::Model(const PlanProblem& problem)
     item.work = cost.work(item.tokens);
     total_work += item.work;
     total_tokens += item.tokens;
-    const std::int64_t needed = ceil_divide(item.tokens, capacity);
-    item.memory_degree = static_cast<int>(std::min<std::int64_t>(needed, ranks));
-    if (needed > ranks) {
-      item.offload = problem.memory.offload_needed(capacity, ranks, item.tokens).value_or(1.0);
-    }
-    if (item.memory_degree > 1) {
-      const double rounded =
-          std::min<double>(std::bit_ceil(static_cast<unsigned>(item.memory_degree)), ranks);
+    // Where offload is possible, a long item takes the fewest ranks and the ratio that this needs.
+    item.memory_degree = memory.degree_needed(capacity, 1.0, item.tokens, ranks).value_or(ranks);
+    const std::int64_t resident = ceil_divide(item.tokens, capacity);
+    if (resident > 1) {
+      const auto held = static_cast<unsigned>(std::min<std::int64_t>(resident, ranks));
+      const double rounded = std::min<double>(std::bit_ceil(held), ranks);
       reference_exchange += (rounded - 1.0) * static_cast<double>(item.tokens);
     }
   }
@@ -58,12 +57,13 @@ void Model::share_units_(double traffic_price) {
   const double saved = cost.fixed / static_cast<double>(capacity);
   const auto worth = [&](const Item& item) {
     const double others = item.memory_degree - 1.0;
-    return item.offload == 0.0 && saved > others * (cost.exchange + traffic_price * bound * ranks);
+    return saved > others * (cost.exchange + traffic_price * bound * ranks);
   };
   std::multimap<std::int64_t, std::size_t> rooms;
   std::size_t first_short = 0;
   for (; first_short < items.size() && items[first_short].memory_degree > 1; ++first_short) {
-    if (worth(items[first_short])) rooms.emplace(room_of(items[first_short]), first_short);
+    if (worth(items[first_short]) && room_of(items[first_short]) > 0)
+      rooms.emplace(room_of(items[first_short]), first_short);
   }
   std::vector<char> gone(items.size(), 0);
   for (std::size_t i = first_short; i < items.size() && !rooms.empty(); ++i) {

@@ -13,8 +13,7 @@ struct Item {
   int group = -1;  ///< index into Model::groups: samples that ride along; -1: none
   std::int64_t tokens = 0;
   double work = 0.0;
-  int memory_degree = 1;  ///< fewest ranks that hold it
-  double offload = 0.0;   ///< ratio that `memory_degree` needs
+  int memory_degree = 1;  ///< fewest ranks that hold it, offloading what it takes
 };
 
 /// The problem in the scheduler's terms: items longest first, figures that every phase needs.
@@ -24,6 +23,7 @@ struct Model {
   int ranks = 1;
   int ranks_per_node = 1;  ///< `ranks` where the problem knows no nodes
   std::int64_t capacity = 1;
+  MemoryModel memory;
   CostModel cost;
   std::vector<Item> items;
   std::vector<std::vector<int>> groups;
@@ -38,6 +38,10 @@ struct Model {
   /// @param traffic_price  price of one exchange token, as a part of the makespan
   void share_units_(double traffic_price);
 
+  /// Most tokens that a unit of `degree` ranks holds, everything offloaded that can be.
+  [[nodiscard]] std::int64_t holds(int degree) const {
+    return memory.unit_capacity(capacity, degree, 1.0);
+  }
   /// Time of a unit that holds this item alone, on each of its ranks.
   [[nodiscard]] double time(const Item& item, int degree) const {
     return cost.unit_time(item.work, item.tokens, degree);
