@@ -67,13 +67,13 @@ function(meshloom_add_test name)
         COMMAND ${MPIEXEC_EXECUTABLE} --allow-run-as-root --oversubscribe --mca mpi_yield_when_idle 1
           ${MPIEXEC_NUMPROC_FLAG} ${ranks} $<TARGET_FILE:${name}>)
       set_tests_properties(${name}_${ranks} PROPERTIES PROCESSORS 2 TIMEOUT ${arg_TIMEOUT}
-        LABELS "distributed;${arg_LABELS}" ENVIRONMENT "OMP_NUM_THREADS=1")
+        LABELS "distributed;${arg_LABELS}" ENVIRONMENT "OMP_NUM_THREADS=1;OMP_WAIT_POLICY=passive")
     endforeach()
   else()
     target_link_libraries(${name} PRIVATE GTest::gtest_main)
     add_test(NAME ${name} COMMAND ${name})
     set_tests_properties(${name} PROPERTIES TIMEOUT ${arg_TIMEOUT} LABELS "unit;${arg_LABELS}"
-      ENVIRONMENT "OMP_NUM_THREADS=2")
+      ENVIRONMENT "OMP_NUM_THREADS=2;OMP_WAIT_POLICY=passive")
   endif()
 endfunction()
 

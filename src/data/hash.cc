@@ -1,8 +1,9 @@
-#define XXH_INLINE_ALL
-#include <fmt/format.h>
-#include <xxhash.h>
-
 #include "data/internal/hash.h"
+
+#include <fmt/format.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 
 namespace meshloom::data::detail {
 

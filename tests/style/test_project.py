@@ -29,7 +29,7 @@ def test_python_package_is_typed(root: pathlib.Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("script", ["examples/setup.sh", "examples/quickstart.sh", "tests/run.sh"])
+@pytest.mark.parametrize("script", ["examples/setup.sh", "tests/run.sh"])
 def test_shell_scripts_parse(root: pathlib.Path, script: str) -> None:
     result = subprocess.run(["bash", "-n", script], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -42,13 +42,3 @@ def test_links_in_documentation_lead_somewhere(root: pathlib.Path) -> None:
             if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(root)}: {target}")
     assert not broken, "\n".join(broken)
-
-
-def test_public_headers_stand_alone(build_dir: pathlib.Path) -> None:
-    """Compiles each public header by itself, with what a consumer of the target gets."""
-    jobs = os.environ.get("MESHLOOM_JOBS", "1")
-    result = subprocess.run(
-        ["cmake", "--build", str(build_dir), "--parallel", jobs, "--target", "all_verify_interface_header_sets"],
-        capture_output=True, text=True, check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -14,7 +14,7 @@
 namespace meshloom::model {
 
 /// A tensor of the checkpoint, by its Hugging Face name.
-struct ParameterSpec {
+struct MESHLOOM_API ParameterSpec {
   std::string name;
   std::vector<std::int64_t> shape;
   std::int64_t offset = 0;  ///< elements from the start of the flat space

@@ -188,7 +188,8 @@ def verify(
                     f"{report['samples']} samples in {report['units']} units, {report['slots']} slots"
                 )
             else:
-                for violation in report["violations"]:
+                violations: Any = report["violations"]
+                for violation in violations:
                     print(f"{report['file']}: {violation['message']}")
     broken = sum(not report["valid"] for report in reports)
     if broken:

@@ -36,7 +36,8 @@ TEST_P(Zero1Types, StepUpdatesEveryElementOnEveryRank) {
       }
       state.master().sub_(state.shard_gradient());
       state.gather();
-      const auto expected = at::arange(11, at::TensorOptions().dtype(at::kDouble)).sub(sum).to(type);
+      const auto expected =
+          at::arange(11, at::TensorOptions().dtype(at::kDouble)).sub(sum).to(type);
       EXPECT_TRUE(at::equal(state.values(), expected));
     });
   }

@@ -25,7 +25,7 @@ namespace meshloom::train {
 namespace {
 
 // fp64 training under another split of the same step: DESIGN.md's parity bound.
-constexpr double kParity = 1e-10;
+constexpr double kStepParity = 1e-10;
 
 std::string slurp(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -91,7 +91,7 @@ TEST(Trainer, EveryRankCountAndStrategyTrainsAlike) {
       const std::vector<StepMetrics> steps = train(ranks, config, tiny_moe());
       for (std::size_t i = 0; i < steps.size(); ++i) {
         const auto close = [&](double a, double b, const char* what) {
-          EXPECT_NEAR(a, b, kParity * std::max(1.0, std::abs(b)))
+          EXPECT_NEAR(a, b, kStepParity * std::max(1.0, std::abs(b)))
               << what << ' ' << form << ' ' << ranks << ' ' << strategy << " step " << i;
         };
         close(steps[i].loss, expected[i].loss, "loss");
@@ -151,9 +151,9 @@ TEST(Trainer, RestartsOnAnotherNumberOfRanks) {
   const std::vector<StepMetrics> rest = train(5, config, tiny_dense());
   ASSERT_EQ(rest.size(), 3U);
   for (std::size_t i = 0; i < rest.size(); ++i) {
-    EXPECT_NEAR(rest[i].loss, expected[i + 3].loss, kParity);
+    EXPECT_NEAR(rest[i].loss, expected[i + 3].loss, kStepParity);
     EXPECT_NEAR(rest[i].gradient_norm, expected[i + 3].gradient_norm,
-                kParity * expected[i + 3].gradient_norm);
+                kStepParity * expected[i + 3].gradient_norm);
   }
 }
 
@@ -353,7 +353,7 @@ TEST(Trainer, HeldOutLossIsTheSameOnAnyNumberOfRanks) {
       if (world.rank() == 0) losses.push_back(loss);
     });
   }
-  EXPECT_NEAR(losses.at(0), losses.at(1), kParity);
+  EXPECT_NEAR(losses.at(0), losses.at(1), kStepParity);
   EXPECT_NE(message_of<DataError>([&] {
               with_trainer(2, config, tiny_dense(),
                            [](Trainer& trainer, int) { static_cast<void>(trainer.evaluate()); });
