@@ -10,7 +10,7 @@ import pathlib
 from typing import Any
 
 from meshloom import _build_info
-from meshloom._build_info import VERSION as __version__
+from meshloom._build_info import VERSION
 from meshloom._errors import (
     CommError,
     DataError,
@@ -21,6 +21,8 @@ from meshloom._errors import (
     PlanError,
     Timeout,
 )
+
+__version__: str = VERSION
 
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {

@@ -50,11 +50,11 @@ bool WorkImpl::end(std::exception_ptr error) {
     }
     error_ = std::move(error);
     helper_ = nullptr;
+    recorder_->end(record_, ok);
     done_.store(true, std::memory_order_release);
     // Under the lock: once the lock is free a waiter may return and the call's owner may go away.
     changed_.notify_all();
   }
-  recorder_->end(record_, ok);
   return true;
 }
 

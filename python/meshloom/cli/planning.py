@@ -188,8 +188,8 @@ def verify(
                     f"{report['samples']} samples in {report['units']} units, {report['slots']} slots"
                 )
             else:
-                violations: Any = report["violations"]
-                for violation in violations:
+                broken_contracts: Any = report["violations"]
+                for violation in broken_contracts:
                     print(f"{report['file']}: {violation['message']}")
     broken = sum(not report["valid"] for report in reports)
     if broken:

@@ -50,9 +50,10 @@ class MpiGroup final : public GroupImpl {
     }
     std::vector<int> members;
     for (const int member : place->members) members.push_back(state_->members[member]);
-    auto child = make(
-        engine_, child_info(info(), place->name, place->rank, static_cast<int>(members.size())),
-        place->token, std::move(members));
+    // Read before the move: arguments are evaluated in any order.
+    const int size = static_cast<int>(members.size());
+    auto child = make(engine_, child_info(info(), place->name, place->rank, size), place->token,
+                      std::move(members));
     std::string reason;
     {
       const std::lock_guard lock(state_->mutex);
