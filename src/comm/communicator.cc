@@ -285,16 +285,17 @@ Work Communicator::send_receive(std::span<const Transfer> sends, std::span<const
 }
 
 std::optional<Communicator> Communicator::split(int color, int key, const std::string& name) {
-  const auto colors = impl_->gather_colors(color, key, name);
+  const auto votes = impl_->gather_votes(color, key, name);
   GroupImpl::SplitPlace place;
   place.number = impl_->splits++;
   place.color = color;
   place.name = name;
   for (int r = 0; r < size(); ++r) {
-    if (colors[r].first == color) place.members.push_back(r);
+    if (votes[r].color == color) place.members.push_back(r);
+    place.token = std::max(place.token, votes[r].token);
   }
   std::stable_sort(place.members.begin(), place.members.end(),
-                   [&](int a, int b) { return colors[a].second < colors[b].second; });
+                   [&](int a, int b) { return votes[a].key < votes[b].key; });
   const auto own = std::find(place.members.begin(), place.members.end(), rank());
   place.rank = static_cast<int>(own - place.members.begin());
   auto child = impl_->make_child(color < 0 ? std::nullopt : std::optional(place));

@@ -52,14 +52,21 @@ void GroupImpl::track(const std::shared_ptr<WorkImpl>& work) {
   tracked_.push_back(work);
 }
 
-std::string GroupImpl::pending_report() {
+std::vector<std::shared_ptr<WorkImpl>> GroupImpl::tracked() {
   std::vector<std::shared_ptr<WorkImpl>> works;
-  {
-    const std::lock_guard lock(tracked_mutex_);
-    for (const auto& tracked : tracked_) {
-      if (auto work = tracked.lock(); work && !work->done()) works.push_back(std::move(work));
-    }
+  const std::lock_guard lock(tracked_mutex_);
+  for (const auto& tracked : tracked_) {
+    if (auto work = tracked.lock(); work && !work->done()) works.push_back(std::move(work));
   }
+  return works;
+}
+
+void GroupImpl::fail_tracked(const std::string& reason) {
+  for (const auto& work : tracked()) work->fail("aborted: " + reason);
+}
+
+std::string GroupImpl::pending_report() {
+  const auto works = tracked();
   std::string result;
   for (const auto& work : works) {
     const auto peers = missing(*work);
@@ -70,26 +77,27 @@ std::string GroupImpl::pending_report() {
   return result;
 }
 
-std::vector<std::pair<int, int>> GroupImpl::gather_colors(int color, int key,
+std::vector<GroupImpl::SplitVote> GroupImpl::gather_votes(int color, int key,
                                                           const std::string& name) {
   // int32 keeps the keys exact; the name travels as a hash so that ranks that split for different
   // reasons find out here and not in the first call on the new group.
   std::int32_t hash = 0;
   for (const char c : name) hash = static_cast<std::int32_t>((hash * 31LL + c) & 0x7fffffff);
-  auto mine = at::empty({1, 3}, at::kInt);
+  auto mine = at::empty({1, 4}, at::kInt);
   auto* values = mine.data_ptr<std::int32_t>();
   values[0] = color;
   values[1] = key;
   values[2] = hash;
+  values[3] = split_token();
   const std::vector<std::int64_t> rows(static_cast<std::size_t>(info_.size), 1);
   CallOptions options;
   options.purpose = "split";
   Communicator self(shared_from_this());
   const at::Tensor all =
       self.all_gather(mine.to(device()), rows, options).result().to(at::kCPU).contiguous();
-  std::vector<std::pair<int, int>> result;
+  std::vector<SplitVote> result;
   const auto* read = all.data_ptr<std::int32_t>();
-  for (int r = 0; r < info_.size; ++r, read += 3) {
+  for (int r = 0; r < info_.size; ++r, read += 4) {
     if (read[2] != hash) {
       const auto text =
           fmt::format("rank {}/{} group \"{}\": rank {} splits under another name than \"{}\"",
@@ -97,7 +105,7 @@ std::vector<std::pair<int, int>> GroupImpl::gather_colors(int color, int key,
       abort(text);
       throw CommError("comm.split", text);
     }
-    result.emplace_back(read[0], read[1]);
+    result.push_back({read[0], read[1], read[3]});
   }
   return result;
 }

@@ -50,11 +50,11 @@ bool WorkImpl::end(std::exception_ptr error) {
     }
     error_ = std::move(error);
     helper_ = nullptr;
+    recorder_->end(record_, ok);
     done_.store(true, std::memory_order_release);
     // Under the lock: once the lock is free a waiter may return and the call's owner may go away.
     changed_.notify_all();
   }
-  recorder_->end(record_, ok);
   return true;
 }
 
@@ -73,6 +73,18 @@ void WorkImpl::offer(std::function<void()> helper) {
 
 void WorkImpl::wait(std::optional<std::chrono::milliseconds> limit) {
   const auto until = limit ? std::chrono::steady_clock::now() + *limit : deadline();
+  if (!done()) {
+    const auto group = group_.lock();
+    if (group) group->waiting(+1);
+    wait_until(until, limit.value_or(limit_));
+    if (group) group->waiting(-1);
+  }
+  const std::lock_guard lock(mutex_);
+  if (error_) std::rethrow_exception(error_);
+}
+
+void WorkImpl::wait_until(std::chrono::steady_clock::time_point until,
+                          std::chrono::milliseconds limit) {
   std::unique_lock lock(mutex_);
   while (!done()) {
     if (helper_) {
@@ -82,11 +94,10 @@ void WorkImpl::wait(std::optional<std::chrono::milliseconds> limit) {
       lock.lock();
     } else if (changed_.wait_until(lock, until) == std::cv_status::timeout && !done() && !helper_) {
       lock.unlock();
-      expire(limit.value_or(limit_));
+      expire(limit);
       lock.lock();
     }
   }
-  if (error_) std::rethrow_exception(error_);
 }
 
 void WorkImpl::expire(std::chrono::milliseconds limit) {

@@ -65,6 +65,7 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
     int rank = 0;              // own place in them
     int color = 0;
     std::int64_t number = 0;  // how many splits this group saw before; equal on all ranks
+    std::int32_t token = 0;   // the largest split_token over all ranks of this group
     std::string name;
   };
   /// The group of `place.members`; every rank of this group calls it, those with a negative colour
@@ -72,13 +73,24 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
   [[nodiscard]] virtual std::shared_ptr<GroupImpl> make_child(
       const std::optional<SplitPlace>& place) = 0;
 
-  /// Colour and key of every rank, in rank order.
-  [[nodiscard]] virtual std::vector<std::pair<int, int>> gather_colors(int color, int key,
-                                                                       const std::string& name);
+  /// What a rank says in a split; the default gathers it from all ranks.
+  struct SplitVote {
+    int color = 0;
+    int key = 0;
+    std::int32_t token = 0;
+  };
+  [[nodiscard]] virtual std::vector<SplitVote> gather_votes(int color, int key,
+                                                            const std::string& name);
+  [[nodiscard]] virtual std::int32_t split_token() { return 0; }
+
+  /// A thread starts (+1) or stops (-1) waiting for a call of this group.
+  virtual void waiting(int /*change*/) {}
 
   /// Remembers a started call for `pending_report`.
   void track(const std::shared_ptr<WorkImpl>& work);
   [[nodiscard]] std::string pending_report();
+  /// Fails every pending call that was tracked.
+  void fail_tracked(const std::string& reason);
 
   // Accounts, kept by Communicator. One thread of a rank at a time calls a group, but any thread
   // may read the account.
@@ -89,6 +101,8 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
   std::int64_t splits = 0;
 
  private:
+  [[nodiscard]] std::vector<std::shared_ptr<WorkImpl>> tracked();  // those that are pending
+
   GroupInfo info_;
   std::mutex tracked_mutex_;
   std::deque<std::weak_ptr<WorkImpl>> tracked_;  // pending calls, oldest first, and some ended ones

@@ -47,6 +47,7 @@ class MESHLOOM_API WorkImpl {
 
  private:
   bool end(std::exception_ptr error);
+  void wait_until(std::chrono::steady_clock::time_point until, std::chrono::milliseconds limit);
   void expire(std::chrono::milliseconds limit);
 
   std::weak_ptr<GroupImpl> group_;

@@ -47,14 +47,15 @@ class FakeGroup final : public GroupImpl {
 
   [[nodiscard]] std::vector<int> missing(const WorkImpl&) override { return {}; }
 
-  [[nodiscard]] std::vector<std::pair<int, int>> gather_colors(int color, int key,
-                                                               const std::string& name) override {
-    std::vector<std::pair<int, int>> result;
+  [[nodiscard]] std::vector<SplitVote> gather_votes(int color, int key,
+                                                    const std::string& name) override {
+    std::vector<SplitVote> result;
     for (int r = 0; r < info().size; ++r) {
       if (r == info().rank) {
-        result.emplace_back(color, key);
+        result.push_back({color, key, 0});
       } else if (rule_) {
-        result.push_back(rule_(world_ranks_[r], name));
+        const auto [other_color, other_key] = rule_(world_ranks_[r], name);
+        result.push_back({other_color, other_key, 0});
       } else {
         throw NotSupported(
             "comm.split", fmt::format("rank {}/{} group \"{}\": a fake world can't ask other ranks "
