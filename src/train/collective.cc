@@ -14,6 +14,22 @@ namespace {
 
 const comm::CallOptions kControl{.timeout = std::nullopt, .purpose = "control"};
 
+/// Where a backend can move control tensors: NCCL moves device memory only.
+at::Device control_device(const comm::Communicator& group) {
+  return group.backend() == "nccl" ? at::Device(at::kCUDA) : at::Device(at::kCPU);
+}
+
+at::Tensor gathered(comm::Communicator& group, const at::Tensor& own,
+                    const std::vector<std::int64_t>& rows) {
+  return group.all_gather(own.to(control_device(group)), rows, kControl).result().cpu();
+}
+
+void broadcast(comm::Communicator& group, at::Tensor& tensor, int root) {
+  at::Tensor moved = tensor.to(control_device(group));
+  group.broadcast_(moved, root, kControl).wait();
+  tensor = moved.cpu();
+}
+
 at::Tensor bytes_of(const std::string& text) {
   at::Tensor result = at::empty({static_cast<std::int64_t>(text.size())}, at::kByte);
   if (!text.empty()) std::memcpy(result.data_ptr(), text.data(), text.size());
@@ -43,11 +59,11 @@ std::vector<std::string> gather_text(comm::Communicator& group, const std::strin
   std::vector<std::int64_t> rows(static_cast<std::size_t>(group.size()), 1);
   at::Tensor size = at::empty({1}, at::kLong);
   size.fill_(static_cast<std::int64_t>(text.size()));
-  const at::Tensor sizes = group.all_gather(size, rows, kControl).result();
+  const at::Tensor sizes = gathered(group, size, rows);
   for (std::size_t r = 0; r < rows.size(); ++r) {
     rows[r] = sizes.const_data_ptr<std::int64_t>()[r];
   }
-  const at::Tensor all = group.all_gather(bytes_of(text), rows, kControl).result();
+  const at::Tensor all = gathered(group, bytes_of(text), rows);
   const std::string joined = text_of(all);
   std::vector<std::string> result;
   std::size_t at = 0;
@@ -61,11 +77,11 @@ std::vector<std::string> gather_text(comm::Communicator& group, const std::strin
 std::string broadcast_text(comm::Communicator& group, const std::string& text, int root) {
   at::Tensor size = at::empty({1}, at::kLong);
   size.fill_(static_cast<std::int64_t>(text.size()));
-  group.broadcast_(size, root, kControl).wait();
+  broadcast(group, size, root);
   at::Tensor bytes = group.rank() == root
                          ? bytes_of(text)
                          : at::empty({*size.const_data_ptr<std::int64_t>()}, at::kByte);
-  group.broadcast_(bytes, root, kControl).wait();
+  broadcast(group, bytes, root);
   return text_of(bytes);
 }
 
@@ -75,7 +91,7 @@ std::vector<std::vector<double>> gather_numbers(comm::Communicator& group,
   at::Tensor own = at::empty({1, width}, at::kDouble);
   std::copy(values.begin(), values.end(), own.mutable_data_ptr<double>());
   const std::vector<std::int64_t> rows(static_cast<std::size_t>(group.size()), 1);
-  const at::Tensor all = group.all_gather(own, rows, kControl).result();
+  const at::Tensor all = gathered(group, own, rows);
   std::vector<std::vector<double>> result;
   const double* data = all.const_data_ptr<double>();
   for (int r = 0; r < group.size(); ++r)
@@ -85,10 +101,10 @@ std::vector<std::vector<double>> gather_numbers(comm::Communicator& group,
 
 std::optional<LocalFailure> first_failure(comm::Communicator& group,
                                           const std::optional<LocalFailure>& own) {
-  at::Tensor failed = at::zeros({1}, at::kLong);
+  at::Tensor failed = at::zeros({1}, at::TensorOptions(at::kLong).device(control_device(group)));
   if (own) failed.fill_(1);
   group.all_reduce_(failed, comm::ReduceOp::kMax, kControl).wait();
-  if (*failed.const_data_ptr<std::int64_t>() == 0) return std::nullopt;
+  if (failed.item<std::int64_t>() == 0) return std::nullopt;
   std::string text;
   if (own) text = static_cast<char>('0' + static_cast<int>(own->code)) + own->message;
   const std::vector<std::string> all = gather_text(group, text);

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,24 +19,36 @@ namespace meshloom::train {
 struct GradientsOptions {
   std::string model;  ///< Hugging Face folder
   std::string dtype = "float64";
-  Layout layout;
+  std::string device = "cpu";
+  Layout layout{.hdp = 0};  ///< hdp 0: all ranks
   std::string strategy = "balanced";
-  std::int64_t capacity_tokens = 0;    ///< 0: what the longest document needs on the whole axis
+  /// 0: the larger of an equal share of the step and what the longest document needs on the whole
+  /// axis.
+  std::int64_t capacity_tokens = 0;
   std::optional<plan::StepPlan> plan;  ///< runs this instead of a strategy's
   bool aux_loss = false;  ///< adds the `global` balance loss with the config's coefficient
 };
 
 struct GradientsResult {
-  double loss = 0.0;               ///< aux loss included where asked for
-  std::vector<std::string> names;  ///< of the model folder's tensors
-  std::vector<at::Tensor> gradients;
+  double loss = 0.0;  ///< mean over all loss tokens of the step; aux loss included where asked for
+  double aux_loss = 0.0;
+  std::vector<std::string> names;     ///< of the model folder's own safetensors, in file order
+  std::vector<at::Tensor> gradients;  ///< in their shapes; fp64 for float64, else fp32
   plan::StepPlan plan;
 };
 
-/// One step's loss and all gradients of `documents` under a layout. Collective; every rank gets the
+/// One step's loss and all gradients of `documents` under a layout, to compare with a reference.
+/// Document i is sample i of the plan. Collective; every rank gives the same arguments and gets the
 /// whole result.
+/// @throws InvalidArgument  the layout does not fit the world; no document has a loss token.
+/// @throws PlanError        the plan breaks a contract, or is not one of these documents.
+/// @throws IoError, DataError, NotSupported  the folder, as ModelConfig::load and load_pretrained.
 [[nodiscard]] MESHLOOM_API GradientsResult gradients(const GradientsOptions& options,
                                                      const std::vector<data::Document>& documents,
                                                      comm::Communicator world);
+
+/// The result as a safetensors file: the folder's names, and a scalar `loss` (fp64). @throws
+/// IoError
+MESHLOOM_API void save_gradients(const GradientsResult& result, const std::string& path);
 
 }  // namespace meshloom::train

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
@@ -38,11 +39,22 @@ struct StepMetrics {
 };
 
 /// Trains one model on one communicator: plans, executes, records. Every rank constructs it with
-/// the same arguments and makes the same calls (collective). Not thread safe.
+/// the same arguments and makes the same calls (collective). Rank 0 plans: a background thread of
+/// its decides the next step's membership, plans and verifies it while the current step computes.
+/// Not thread safe.
+///
+/// Errors. What can fail on one rank alone between collectives (checkpoints, records, planning) is
+/// agreed upon: all ranks throw the same error, which names the rank, and the communicator stays
+/// usable. A failure inside a step aborts the communicator with its reason, so that every rank ends
+/// with an error that names the origin.
 class MESHLOOM_API Trainer {
  public:
-  /// @param loader    documents; on every rank the same sources
+  /// Builds the model, fills it (config.model.path, else by seed), and continues from the run
+  /// folder's newest checkpoint as config.checkpoint.resume says. Writes nothing yet.
+  /// @param loader    documents; on every rank the same sources. Ranks may share one.
+  /// @param world     deterministic() where config.deterministic
   /// @param strategy  null: the built-in named by config.strategy
+  /// @throws Error  on all ranks alike
   Trainer(const TrainConfig& config, const model::ModelConfig& model,
           std::shared_ptr<data::Loader> loader, comm::Communicator world,
           std::shared_ptr<plan::BalanceStrategy> strategy = nullptr);
@@ -50,26 +62,41 @@ class MESHLOOM_API Trainer {
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
 
+  /// As resolved: layout, capacity, threads.
+  [[nodiscard]] const TrainConfig& config() const;
+  [[nodiscard]] const model::ModelConfig& model_config() const;
+  /// The step that `step` runs next; also the number of steps done, skipped ones included.
   [[nodiscard]] std::int64_t next_step() const;
   [[nodiscard]] bool finished() const;
+  /// The checkpoint folder that training continued from; empty for a fresh start.
+  [[nodiscard]] const std::string& resumed_from() const;
+  /// What a user should know and no error says: damaged checkpoints that were passed over, records
+  /// moved aside, skipped steps. In order of time; equal on all ranks.
+  [[nodiscard]] const std::vector<std::string>& notices() const;
+  /// The plan of the last `step`.
+  [[nodiscard]] const plan::StepPlan& last_plan() const;
 
-  /// One optimizer step. Planning and verification of the next one run meanwhile.
+  /// One optimizer step.
+  /// @throws DataError  NaN or Inf under nan_policy stop; names rank, unit and samples. Parameters
+  ///   are those before the step.
   StepMetrics step();
 
-  /// Mean token loss over held-out documents.
+  /// Mean token loss over held-out documents. @throws DataError  none are held out.
   double evaluate();
 
   /// Writes <run>/checkpoints/step-N atomically; the previous ones stay until it is complete.
   void save_checkpoint();
-  /// A folder that Hugging Face transformers opens. Collective; rank 0 writes.
+  /// A folder that Hugging Face transformers opens, in compute dtype. Collective; rank 0 writes.
   void save_pretrained(const std::string& folder);
 
   /// Steps until `finished`, with evaluation, checkpoints and run-folder records as configured;
   /// `on_step` (may be empty) is called after each step on every rank. Ends early, with a
-  /// checkpoint, after `request_stop`.
+  /// checkpoint, after `request_stop`. At the end <run>/checkpoint is the trained model as
+  /// `save_pretrained` writes it.
   void run(const std::function<void(const StepMetrics&)>& on_step = {});
 
-  /// Async-signal-safe: finish the current step, save, return from `run`.
+  /// Async-signal-safe: every `run` of this process, on all ranks of its world, finishes the step
+  /// it is in, saves, and returns. One rank's call is enough.
   static void request_stop() noexcept;
 
  private:

@@ -1,0 +1,166 @@
+#include "meshloom/train/gradients.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "meshloom/core/error.h"
+#include "meshloom/model/balance_losses.h"
+#include "meshloom/model/pretrained.h"
+#include "meshloom/model/safetensors.h"
+#include "meshloom/model/stage.h"
+#include "meshloom/parallel/executor.h"
+#include "meshloom/parallel/zero1.h"
+#include "meshloom/plan/strategy.h"
+#include "train/internal/collective.h"
+#include "train/internal/setup.h"
+
+namespace meshloom::train {
+
+namespace {
+
+constexpr const char* kGradientsWhere = "train.gradients";
+
+plan::StepPlan plan_documents(const GradientsOptions& options, const Layout& layout,
+                              const std::vector<data::Document>& documents) {
+  plan::PlanProblem problem;
+  problem.layout = layout;
+  std::int64_t total = 0;
+  std::int64_t longest = 0;
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    const auto tokens = static_cast<std::int64_t>(documents[i].tokens.size());
+    problem.samples.push_back({.id = static_cast<std::int64_t>(i),
+                               .tokens = tokens,
+                               .loss_tokens = documents[i].loss_tokens()});
+    total += tokens;
+    longest = std::max(longest, tokens);
+  }
+  const auto share = [&](std::int64_t tokens) { return (tokens + layout.hdp - 1) / layout.hdp; };
+  problem.capacity_tokens = options.capacity_tokens > 0
+                                ? options.capacity_tokens
+                                : std::max<std::int64_t>({1, share(total), share(longest)});
+  return plan::make_plan(problem, options.strategy);
+}
+
+/// A plan from outside has to be about these documents, on these ranks.
+void check_given_plan(const plan::StepPlan& plan, const Layout& layout,
+                      const std::vector<data::Document>& documents) {
+  if (!(plan.layout == layout)) {
+    throw PlanError(kGradientsWhere, fmt::format("the plan is for layout {}, the run has {}",
+                                                 plan.layout.to_string(), layout.to_string()));
+  }
+  if (plan.samples.size() != documents.size()) {
+    throw PlanError(kGradientsWhere, fmt::format("the plan has {} samples, there are {} documents",
+                                                 plan.samples.size(), documents.size()));
+  }
+  for (const plan::SampleInfo& sample : plan.samples) {
+    if (sample.id < 0 || sample.id >= static_cast<std::int64_t>(documents.size())) {
+      throw PlanError(kGradientsWhere,
+                      fmt::format("sample {} of the plan: there are {} documents, counted from 0",
+                                  sample.id, documents.size()));
+    }
+    const data::Document& document = documents[static_cast<std::size_t>(sample.id)];
+    const auto tokens = static_cast<std::int64_t>(document.tokens.size());
+    if (sample.tokens != tokens || sample.loss_tokens != document.loss_tokens()) {
+      throw PlanError(kGradientsWhere,
+                      fmt::format("sample {} has {} tokens, {} of them targets, in the plan; the "
+                                  "document has {} and {}",
+                                  sample.id, sample.tokens, sample.loss_tokens, tokens,
+                                  document.loss_tokens()));
+    }
+  }
+}
+
+}  // namespace
+
+GradientsResult gradients(const GradientsOptions& options,
+                          const std::vector<data::Document>& documents, comm::Communicator world) {
+  const detail::Hosts hosts = detail::find_hosts(world);
+  std::optional<detail::LocalFailure> failure;
+  std::shared_ptr<model::Stage> stage;
+  std::unique_ptr<parallel::Zero1> state;
+  std::unique_ptr<model::BalanceLoss> balance;
+  model::ModelConfig config;
+  std::string plan_text;
+  Layout layout;
+  try {
+    layout = detail::resolve_layout(options.layout, world.size(), kGradientsWhere);
+    const at::Device device = detail::parse_device(options.device, hosts.local_rank);
+    config = model::ModelConfig::load(options.model + "/config.json");
+    stage = model::build_stage(config, {0, config.layers}, true, true);
+    state = std::make_unique<parallel::Zero1>(stage->parameters(), world,
+                                              detail::parse_dtype_name(options.dtype), device);
+    at::Tensor values = state->values();
+    model::load_pretrained(options.model, config, stage->parameters(), values);
+    if (options.aux_loss) {
+      balance = model::make_balance_loss("global", config.moe.aux_loss_coefficient, config);
+    }
+    if (world.rank() == 0) {
+      if (options.plan) check_given_plan(*options.plan, layout, documents);
+      const plan::StepPlan plan =
+          options.plan ? *options.plan : plan_documents(options, layout, documents);
+      detail::verify_step(plan, {.layers = static_cast<int>(config.layers)});
+      if (plan.total_loss_tokens() == 0) {
+        throw InvalidArgument(kGradientsWhere, fmt::format("none of {} documents has a loss token",
+                                                           documents.size()));
+      }
+      plan_text = plan.to_json();
+    }
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  detail::agree(world, kGradientsWhere, failure);
+
+  GradientsResult result;
+  result.plan = plan::StepPlan::from_json(detail::broadcast_text(world, plan_text, 0));
+  const plan::Program program = detail::without_update(
+      plan::compile_rank(result.plan, {.layers = static_cast<int>(config.layers)}, world.rank()));
+  const parallel::SampleLoader load = [&](std::int64_t sample) {
+    const data::Document& document = documents.at(static_cast<std::size_t>(sample));
+    return parallel::SampleTokens{document.tokens, document.loss_mask};
+  };
+  parallel::Executor executor(stage, world, {.record_spans = false});
+  const auto sum = [&](at::Tensor& counts) {
+    world.all_reduce_(counts, comm::ReduceOp::kSum, {.purpose = "balance"}).wait();
+  };
+  if (balance) {
+    balance->begin_step(result.plan.total_tokens());
+    if (balance->needs_counting()) {
+      static_cast<void>(executor.evaluate(result.plan, program, load, *state, balance.get()));
+      balance->finish_counting(sum);
+    }
+  }
+  const parallel::StepOutcome outcome =
+      executor.run(result.plan, program, load, *state, balance.get(), [] {});
+  state->reduce_to_all();
+  if (balance) balance->end_step(sum);
+
+  for (const std::vector<double>& rank :
+       detail::gather_numbers(world, {outcome.loss_sum, balance ? balance->loss() : 0.0})) {
+    result.loss += rank[0];
+    result.aux_loss += rank[1];
+  }
+  result.loss =
+      result.loss / static_cast<double>(result.plan.total_loss_tokens()) + result.aux_loss;
+  for (auto& [name, gradient] : model::views_like_checkpoint(
+           options.model, config, stage->parameters(), state->gradients())) {
+    result.names.push_back(name);
+    result.gradients.push_back(gradient.cpu().clone());
+  }
+  return result;
+}
+
+void save_gradients(const GradientsResult& result, const std::string& path) {
+  model::NamedTensors tensors;
+  tensors.emplace_back("loss", at::full({}, result.loss, at::kDouble));
+  for (std::size_t i = 0; i < result.names.size(); ++i) {
+    tensors.emplace_back(result.names[i], result.gradients[i]);
+  }
+  model::save_safetensors(path, tensors, {{"format", "pt"}});
+}
+
+}  // namespace meshloom::train

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/mesh/layout.h"
+#include "meshloom/plan/program.h"
+#include "meshloom/plan/step_plan.h"
+
+namespace meshloom::train::detail {
+
+/// Ranks by host.
+struct Hosts {
+  int local_rank = 0;
+  int local_size = 1;
+  int ranks_per_host = 0;  ///< 0: one host, or hosts with unequal or scattered ranks
+};
+/// Collective.
+[[nodiscard]] Hosts find_hosts(comm::Communicator& world);
+
+/// "cpu", "cuda" (by local rank) or "cuda:N".
+/// @throws NotSupported  this LibTorch has no CUDA, or the host no such device.
+[[nodiscard]] at::Device parse_device(const std::string& name, int local_rank);
+/// @throws InvalidArgument
+[[nodiscard]] at::ScalarType parse_dtype_name(const std::string& name);
+
+/// Fills hdp = 0 and checks that the layout fits and is built. @throws InvalidArgument,
+/// NotSupported
+[[nodiscard]] Layout resolve_layout(Layout layout, int world_size, const char* where);
+
+/// Verifies plan and programs of all ranks together. @throws PlanError
+void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options);
+
+/// The program without the instructions that touch the optimizer: gradients stay local.
+[[nodiscard]] plan::Program without_update(plan::Program program);
+
+}  // namespace meshloom::train::detail

@@ -1,0 +1,135 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "meshloom/model/balance_losses.h"
+#include "meshloom/model/stage.h"
+#include "meshloom/parallel/executor.h"
+#include "meshloom/parallel/zero1.h"
+#include "meshloom/train/adamw.h"
+#include "meshloom/train/checkpoint.h"
+#include "meshloom/train/trainer.h"
+#include "train/internal/collective.h"
+#include "train/internal/cost_fit.h"
+#include "train/internal/run_records.h"
+#include "train/internal/setup.h"
+#include "train/internal/step_planner.h"
+
+namespace meshloom::train {
+
+namespace detail {
+/// Calls of Trainer::request_stop so far.
+[[nodiscard]] int stop_request_count() noexcept;
+}  // namespace detail
+
+class Trainer::Impl {
+ public:
+  Impl(const TrainConfig& config, const model::ModelConfig& model,
+       std::shared_ptr<data::Loader> loader, comm::Communicator world,
+       std::shared_ptr<plan::BalanceStrategy> strategy);
+
+  StepMetrics step();
+  double evaluate();
+  void save_checkpoint();
+  void save_pretrained(const std::string& folder);
+  void run(const std::function<void(const StepMetrics&)>& on_step);
+
+  /// Runs `body`; a failure that the ranks did not agree on aborts the world with its reason.
+  template <class Body>
+  auto guarded(const Body& body) {
+    agreed_ = false;
+    try {
+      return body();
+    } catch (const std::exception& error) {
+      if (!agreed_) world_.abort(error.what());
+      throw;
+    }
+  }
+
+  TrainConfig config_;
+  model::ModelConfig model_;
+  std::int64_t next_step_ = 0;
+  std::string resumed_from_;
+  std::vector<std::string> notices_;
+  plan::StepPlan last_plan_;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  using Failure = std::optional<detail::LocalFailure>;
+
+  /// What the reduce of a step's gradients showed.
+  struct Update {
+    double norm = 0.0;
+    double lr = 0.0;
+    bool finite = true;
+  };
+
+  // Construction and state.
+  void build(std::shared_ptr<plan::BalanceStrategy> strategy);
+  void initialize_weights();
+  void resume();
+  bool try_resume(const std::string& folder, Failure& failure);
+  void restore(const CheckpointInfo& info);
+  [[nodiscard]] CheckpointInfo checkpoint_info() const;
+  [[nodiscard]] std::vector<ShardState> shard_states() const;
+  [[nodiscard]] std::string checkpoints() const { return config_.run + "/checkpoints"; }
+  void prepare_folder();
+
+  // A step.
+  [[nodiscard]] detail::StepOrder next_order(StepMetrics& metrics);
+  [[nodiscard]] parallel::SampleLoader sample_loader(const data::StepMembership& members) const;
+  void count_routing(const plan::Program& program, const parallel::SampleLoader& load);
+  void update(Update& result);
+  void diagnose(const plan::Program& program, const detail::StepOrder& order,
+                const parallel::StepOutcome& outcome, StepMetrics& metrics);
+  void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
+                      StepMetrics& metrics);
+  void fit_cost(const std::vector<double>& busy, const std::vector<double>& wait);
+  void before_instruction(const plan::Instruction& instruction);
+  void unit_sum(const plan::Unit& unit, at::Tensor& counts);
+  void sum_over_ranks(at::Tensor& tensor);
+
+  // A run.
+  void write_records(const StepMetrics& metrics);
+  void write_timeline();
+  /// The body on rank 0; its failure is everybody's.
+  void on_rank_0(const char* where, const std::function<void()>& body);
+  void agree(const char* where, const Failure& failure);
+  [[nodiscard]] bool checkpoint_due() const;
+
+  std::shared_ptr<data::Loader> loader_;
+  comm::Communicator world_;
+  detail::Hosts hosts_;
+  at::Device device_{at::kCPU};
+  std::shared_ptr<model::Stage> stage_;
+  std::unique_ptr<parallel::Zero1> state_;
+  std::unique_ptr<AdamW> optimizer_;
+  std::unique_ptr<model::BalanceLoss> balance_;
+  std::unique_ptr<parallel::Executor> executor_;
+  std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0
+  std::unique_ptr<detail::RunRecords> records_;   ///< rank 0, while `run` runs
+  detail::CostFit cost_fit_;
+  bool fit_costs_ = false;
+  std::string loader_state_;  ///< after the membership of the last step taken
+  double tokens_seen_ = 0.0;
+  std::int64_t skipped_steps_ = 0;
+  std::deque<detail::StepTrace> traces_;
+  bool agreed_ = false;
+  bool folder_ready_ = false;
+  int stop_generation_ = 0;
+  bool stop_ = false;      ///< agreed: some rank was asked to stop
+  bool save_due_ = false;  ///< agreed: rank 0's clock says so
+  std::int64_t saved_step_ = -1;
+  Clock::time_point saved_at_ = Clock::now();
+};
+
+}  // namespace meshloom::train

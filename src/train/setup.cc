@@ -1,0 +1,103 @@
+#include "train/internal/setup.h"
+
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <map>
+#include <vector>
+
+#include "meshloom/core/error.h"
+#include "meshloom/plan/verifier.h"
+#include "train/internal/collective.h"
+
+namespace meshloom::train::detail {
+
+Hosts find_hosts(comm::Communicator& world) {
+  std::array<char, 256> name{};
+  ::gethostname(name.data(), name.size() - 1);
+  const std::vector<std::string> names = gather_text(world, name.data());
+  Hosts hosts{.local_rank = 0, .local_size = 0};
+  const auto own = static_cast<std::size_t>(world.rank());
+  std::map<std::string, int> sizes;
+  std::size_t changes = 0;
+  for (std::size_t r = 0; r < names.size(); ++r) {
+    ++sizes[names[r]];
+    if (r > 0 && names[r] != names[r - 1]) ++changes;
+    if (names[r] != names[own]) continue;
+    ++hosts.local_size;
+    if (r < own) ++hosts.local_rank;
+  }
+  const bool equal = std::all_of(sizes.begin(), sizes.end(), [&](const auto& entry) {
+    return entry.second == hosts.local_size;
+  });
+  if (sizes.size() > 1 && equal && changes == sizes.size() - 1) {
+    hosts.ranks_per_host = hosts.local_size;
+  }
+  return hosts;
+}
+
+at::Device parse_device(const std::string& name, int local_rank) {
+  if (name == "cpu") return at::Device(at::kCPU);
+  if (!name.starts_with("cuda")) {
+    throw InvalidArgument("train.device",
+                          fmt::format("got \"{}\", expected cpu, cuda or cuda:N", name));
+  }
+  const int count = at::globalContext().hasCUDA() ? at::detail::getCUDAHooks().deviceCount() : 0;
+  if (count == 0) {
+    throw NotSupported(
+        "train.device",
+        fmt::format("device \"{}\": no CUDA device, or a LibTorch without CUDA", name));
+  }
+  int index = local_rank % count;
+  if (name.size() > 5) {
+    std::from_chars(name.data() + 5, name.data() + name.size(), index);
+  }
+  if (index >= count) {
+    throw NotSupported("train.device",
+                       fmt::format("device \"{}\": this host has {} CUDA devices", name, count));
+  }
+  return {at::kCUDA, static_cast<at::DeviceIndex>(index)};
+}
+
+at::ScalarType parse_dtype_name(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "float64") return at::kDouble;
+  if (name == "bfloat16") return at::kBFloat16;
+  throw InvalidArgument("train.dtype",
+                        fmt::format("got \"{}\", expected one of: float32, bfloat16, "
+                                    "float64",
+                                    name));
+}
+
+Layout resolve_layout(Layout layout, int world_size, const char* where) {
+  if (layout.hdp == 0) layout.hdp = std::max(1, world_size / std::max(1, layout.tp * layout.pp));
+  layout.validate();
+  if (layout.world_size() != world_size) {
+    throw InvalidArgument(where, fmt::format("layout {} needs {} ranks, the world has {}",
+                                             layout.to_string(), layout.world_size(), world_size));
+  }
+  if (layout.tp > 1 || layout.pp > 1 || layout.ep > 1 || layout.chunks > 1) {
+    throw NotSupported(where,
+                       fmt::format("layout {}: only the hdp axis is built", layout.to_string()));
+  }
+  return layout;
+}
+
+void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options) {
+  plan::verify(plan);
+  plan::verify(plan, plan::compile(plan, options));
+}
+
+plan::Program without_update(plan::Program program) {
+  std::erase_if(program.instructions, [](const plan::Instruction& instruction) {
+    return instruction.op == plan::Op::kReduce || instruction.op == plan::Op::kStep;
+  });
+  return program;
+}
+
+}  // namespace meshloom::train::detail

@@ -1,0 +1,190 @@
+#include "meshloom/train/trainer.h"
+
+#include <fmt/format.h>
+
+#include <atomic>
+#include <filesystem>
+#include <utility>
+
+#include "meshloom/core/error.h"
+#include "meshloom/model/pretrained.h"
+#include "train/internal/checkpoint_file.h"
+#include "train/internal/trainer_impl.h"
+
+namespace meshloom::train {
+
+namespace {
+
+constexpr const char* kTrainerWhere = "train.trainer";
+
+/// Times that a stop was asked for in this process: a signal handler has nothing but a global.
+std::atomic<int> stop_requests{0};
+static_assert(std::atomic<int>::is_always_lock_free);
+
+}  // namespace
+
+void Trainer::request_stop() noexcept { stop_requests.fetch_add(1, std::memory_order_relaxed); }
+
+int detail::stop_request_count() noexcept { return stop_requests.load(std::memory_order_relaxed); }
+
+Trainer::Trainer(const TrainConfig& config, const model::ModelConfig& model,
+                 std::shared_ptr<data::Loader> loader, comm::Communicator world,
+                 std::shared_ptr<plan::BalanceStrategy> strategy)
+    : impl_(std::make_unique<Impl>(config, model, std::move(loader), std::move(world),
+                                   std::move(strategy))) {}
+
+Trainer::~Trainer() = default;
+
+const TrainConfig& Trainer::config() const { return impl_->config_; }
+const model::ModelConfig& Trainer::model_config() const { return impl_->model_; }
+std::int64_t Trainer::next_step() const { return impl_->next_step_; }
+bool Trainer::finished() const { return impl_->next_step_ >= impl_->config_.steps; }
+const std::string& Trainer::resumed_from() const { return impl_->resumed_from_; }
+const std::vector<std::string>& Trainer::notices() const { return impl_->notices_; }
+const plan::StepPlan& Trainer::last_plan() const { return impl_->last_plan_; }
+
+StepMetrics Trainer::step() {
+  return impl_->guarded([&] { return impl_->step(); });
+}
+
+double Trainer::evaluate() {
+  return impl_->guarded([&] { return impl_->evaluate(); });
+}
+
+void Trainer::save_checkpoint() {
+  impl_->guarded([&] { impl_->save_checkpoint(); });
+}
+
+void Trainer::save_pretrained(const std::string& folder) {
+  impl_->guarded([&] { impl_->save_pretrained(folder); });
+}
+
+void Trainer::run(const std::function<void(const StepMetrics&)>& on_step) {
+  impl_->guarded([&] { impl_->run(on_step); });
+}
+
+void Trainer::Impl::agree(const char* where, const Failure& failure) {
+  if (const auto first = detail::first_failure(world_, failure)) {
+    agreed_ = true;
+    throw_error(first->code, where, first->message);
+  }
+}
+
+void Trainer::Impl::on_rank_0(const char* where, const std::function<void()>& body) {
+  Failure failure;
+  if (world_.rank() == 0) {
+    try {
+      body();
+    } catch (const std::exception&) {
+      failure = detail::current_failure();
+    }
+  }
+  agree(where, failure);
+}
+
+void Trainer::Impl::save_pretrained(const std::string& folder) {
+  on_rank_0("train.save_pretrained", [&] {
+    const std::filesystem::path target = std::filesystem::path(folder).lexically_normal();
+    const std::filesystem::path base = target.has_filename() ? target : target.parent_path();
+    const std::filesystem::path temporary =
+        base.parent_path() / fmt::format(".{}.writing", base.filename().string());
+    const std::filesystem::path old =
+        base.parent_path() / fmt::format(".{}.replaced", base.filename().string());
+    try {
+      std::filesystem::remove_all(temporary);
+      std::filesystem::remove_all(old);
+      std::filesystem::create_directories(temporary);
+      model::SaveOptions options;
+      options.dtype = state_->values().scalar_type();
+      model::save_pretrained(temporary.string(), model_, stage_->parameters(), state_->values(),
+                             options);
+      if (std::filesystem::exists(base)) std::filesystem::rename(base, old);
+      std::filesystem::rename(temporary, base);
+      std::filesystem::remove_all(old);
+    } catch (const std::filesystem::filesystem_error& error) {
+      throw IoError(kTrainerWhere, error.what());
+    } catch (const Error&) {
+      std::error_code ignored;
+      std::filesystem::remove_all(temporary, ignored);
+      throw;
+    }
+  });
+}
+
+void Trainer::Impl::prepare_folder() {
+  if (folder_ready_) return;
+  std::string moved;
+  on_rank_0(kTrainerWhere, [&] {
+    std::error_code error;
+    std::filesystem::create_directories(config_.run, error);
+    if (error) {
+      throw IoError(kTrainerWhere,
+                    fmt::format("cannot create {}: {}", config_.run, error.message()));
+    }
+    if (resumed_from_.empty()) moved = detail::set_aside(config_.run);
+  });
+  moved = detail::broadcast_text(world_, moved, 0);
+  if (!moved.empty()) {
+    notices_.push_back(fmt::format("an earlier run's records were moved to {}", moved));
+  }
+  folder_ready_ = true;
+}
+
+void Trainer::Impl::write_records(const StepMetrics& metrics) {
+  on_rank_0("train.records", [&] {
+    records_->step(metrics);
+    if (config_.save_plans) records_->plan(last_plan_);
+  });
+}
+
+void Trainer::Impl::write_timeline() {
+  if (config_.timeline_steps == 0) return;
+  const std::vector<std::string> tracks =
+      detail::gather_text(world_, detail::trace_events(world_.rank(), traces_));
+  on_rank_0("train.records", [&] {
+    std::string text = "[\n";
+    for (std::size_t r = 0; r < tracks.size(); ++r) text += (r > 0 ? ",\n" : "") + tracks[r];
+    const std::string path = config_.run + "/timeline.json";
+    detail::write_durably(path + ".writing", text + "\n]\n");
+    std::error_code error;
+    std::filesystem::rename(path + ".writing", path, error);
+    if (error)
+      throw IoError(kTrainerWhere, fmt::format("cannot write {}: {}", path, error.message()));
+  });
+}
+
+bool Trainer::Impl::checkpoint_due() const {
+  const std::int64_t every = config_.checkpoint.every_steps;
+  return save_due_ || (every > 0 && next_step_ % every == 0);
+}
+
+void Trainer::Impl::run(const std::function<void(const StepMetrics&)>& on_step) {
+  prepare_folder();
+  on_rank_0("train.records", [&] {
+    records_ = std::make_unique<detail::RunRecords>(config_.run, next_step_);
+    records_->config(config_.to_yaml());
+  });
+  saved_at_ = Clock::now();
+  stop_ = false;
+  bool trained = false;
+  while (next_step_ < config_.steps && !stop_) {
+    const StepMetrics metrics = step();
+    trained = true;
+    write_records(metrics);
+    if (on_step) on_step(metrics);
+    if (config_.evaluate_every > 0 && next_step_ % config_.evaluate_every == 0) {
+      const double loss = evaluate();
+      on_rank_0("train.records", [&] { records_->evaluation(metrics.step, loss); });
+    }
+    if (checkpoint_due()) {
+      save_checkpoint();
+      write_timeline();
+    }
+  }
+  if (trained && saved_step_ != next_step_) save_checkpoint();
+  write_timeline();
+  if (!stop_) save_pretrained(config_.run + "/checkpoint");
+  records_.reset();
+}
+
+}  // namespace meshloom::train

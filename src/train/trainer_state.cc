@@ -1,0 +1,271 @@
+// Construction, checkpoints and resumption of the trainer.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <thread>
+#include <utility>
+
+#include "meshloom/core/error.h"
+#include "meshloom/model/pretrained.h"
+#include "train/internal/trainer_impl.h"
+
+namespace meshloom::train {
+
+namespace {
+
+constexpr const char* kStateWhere = "train.trainer";
+
+/// Work of the model itself, in units of its attention: per layer a causal token pair costs
+/// 2 heads * head_dim operations, a token 2 per parameter that it meets.
+CostModel model_cost(const model::ModelConfig& model) {
+  const auto inactive = [&] {
+    std::int64_t result = 0;
+    for (const bool moe : model.moe_layers) {
+      if (!moe) continue;
+      result += (model.moe.experts - model.moe.experts_per_token) * 3 * model.hidden_size *
+                model.moe.intermediate_size;
+    }
+    return result;
+  }();
+  const std::int64_t lookup = model.tie_word_embeddings ? 0 : model.vocab_size * model.hidden_size;
+  const std::int64_t active = model.parameter_count() - inactive - lookup;
+  const std::int64_t pairs = model.layers * model.heads * model.head_dim;
+  return {
+      .quadratic = 1.0,
+      .linear = static_cast<double>(active) / static_cast<double>(std::max<std::int64_t>(1, pairs)),
+      .fixed = 0.0,
+      .exchange = 0.0};
+}
+
+std::string tensor_text(const at::Tensor& tensor) {
+  if (!tensor.defined()) return {};
+  const at::Tensor flat = tensor.to(at::kCPU, at::kDouble).contiguous();
+  const double* data = flat.const_data_ptr<double>();
+  nlohmann::json values = std::vector<double>(data, data + flat.numel());
+  return nlohmann::json{{"shape", tensor.sizes().vec()}, {"values", std::move(values)}}.dump();
+}
+
+at::Tensor parse_tensor(const std::string& text, at::Device device) {
+  const auto entry = nlohmann::json::parse(text);
+  const auto values = entry.at("values").get<std::vector<double>>();
+  at::Tensor result = at::empty(entry.at("shape").get<std::vector<std::int64_t>>(), at::kDouble);
+  if (result.numel() != static_cast<std::int64_t>(values.size())) {
+    throw DataError(kStateWhere, "the checkpoint's balance state has another size than its shape");
+  }
+  std::copy(values.begin(), values.end(), result.mutable_data_ptr<double>());
+  return result.to(device);
+}
+
+}  // namespace
+
+Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
+                    std::shared_ptr<data::Loader> loader, comm::Communicator world,
+                    std::shared_ptr<plan::BalanceStrategy> strategy)
+    : config_(config),
+      model_(model),
+      loader_(std::move(loader)),
+      world_(std::move(world)),
+      cost_fit_(config.cost.value_or(CostModel{})),
+      stop_generation_(detail::stop_request_count()) {
+  guarded([&] {
+    hosts_ = detail::find_hosts(world_);
+    Failure failure;
+    try {
+      build(std::move(strategy));
+    } catch (const std::exception&) {
+      failure = detail::current_failure();
+    }
+    agree(kStateWhere, failure);
+    const std::string print = loader_->fingerprint();
+    const std::vector<std::string> prints = detail::gather_text(world_, print);
+    failure.reset();
+    if (prints.front() != print) {
+      failure = {ErrorCode::kData, fmt::format("its documents differ from rank 0's: loader {}, {}",
+                                               print, prints.front())};
+    }
+    agree(kStateWhere, failure);
+    resume();
+    state_->gather();
+    if (world_.rank() == 0 && resumed_from_.empty()) loader_state_ = loader_->state();
+  });
+}
+
+void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
+  config_.layout = detail::resolve_layout(config_.layout, world_.size(), kStateWhere);
+  config_.resolve(world_.size());
+  if (config_.deterministic && !world_.deterministic()) {
+    throw InvalidArgument(kStateWhere,
+                          fmt::format("deterministic: the {} communicator reduces in any order; "
+                                      "create it with GroupOptions.deterministic",
+                                      world_.backend()));
+  }
+  if (config_.threads == 0) {
+    const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+    config_.threads = std::max(1, cores / hosts_.local_size);
+  }
+  at::set_num_threads(config_.threads);
+  device_ = detail::parse_device(config_.device, hosts_.local_rank);
+  const c10::DeviceGuard guard(device_);
+
+  stage_ = model::build_stage(model_, {0, model_.layers}, true, true);
+  state_ = std::make_unique<parallel::Zero1>(stage_->parameters(), world_,
+                                             detail::parse_dtype_name(config_.dtype), device_);
+  initialize_weights();
+  optimizer_ = std::make_unique<AdamW>(stage_->parameters(), state_->own_range(), state_->master(),
+                                       config_.optimizer, config_.rules);
+  const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
+                                                                : config_.aux_loss_coefficient;
+  if (model_.moe.experts > 0 && coefficient > 0.0) {
+    balance_ = model::make_balance_loss(config_.aux_loss, coefficient, model_);
+  }
+  parallel::ExecutorOptions options;
+  options.z_loss_coefficient = config_.z_loss_coefficient;
+  options.before = [this](const plan::Instruction& instruction) {
+    before_instruction(instruction);
+  };
+  executor_ = std::make_unique<parallel::Executor>(stage_, world_, options);
+
+  if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));
+  fit_costs_ = !config_.cost && !config_.deterministic;
+  if (world_.rank() != 0) return;
+  if (!strategy) strategy = plan::make_strategy_registry()->create(config_.strategy);
+  plan::PlanProblem problem;
+  problem.layout = config_.layout;
+  problem.capacity_tokens = config_.capacity_tokens;
+  problem.ranks_per_node = hosts_.ranks_per_host;
+  planner_ = std::make_unique<detail::StepPlanner>(
+      loader_, std::move(strategy), config_.strategy, std::move(problem),
+      plan::CompileOptions{.layers = static_cast<int>(model_.layers)});
+}
+
+void Trainer::Impl::initialize_weights() {
+  const model::ParameterTable& table = stage_->parameters();
+  // Masters take the full precision of the source, not of the compute dtype.
+  at::Tensor full = at::empty({table.elements}, state_->master().scalar_type());
+  if (config_.model.path.empty()) {
+    model::initialize_(full, table, model_.initializer_range, config_.seed);
+  } else {
+    model::load_pretrained(config_.model.path, model_, table, full);
+  }
+  state_->assign(full);
+}
+
+std::vector<ShardState> Trainer::Impl::shard_states() const {
+  return {{.name = "master", .values = state_->master()},
+          {.name = "exp_avg", .values = optimizer_->exp_avg()},
+          {.name = "exp_avg_sq", .values = optimizer_->exp_avg_sq()}};
+}
+
+CheckpointInfo Trainer::Impl::checkpoint_info() const {
+  CheckpointInfo info;
+  info.step = next_step_;
+  info.layout = config_.layout;
+  info.texts = {{"config", config_.to_yaml()},
+                {"model", model_.to_json()},
+                {"loader", loader_state_},
+                {"balance", balance_ ? tensor_text(balance_->state()) : std::string()}};
+  const CostModel& cost = cost_fit_.model();
+  info.numbers = {{"seed", static_cast<double>(config_.seed)},
+                  {"updates", static_cast<double>(optimizer_->updates())},
+                  {"tokens_seen", tokens_seen_},
+                  {"skipped_steps", static_cast<double>(skipped_steps_)},
+                  {"cost.quadratic", cost.quadratic},
+                  {"cost.linear", cost.linear},
+                  {"cost.fixed", cost.fixed},
+                  {"cost.exchange", cost.exchange}};
+  return info;
+}
+
+void Trainer::Impl::save_checkpoint() {
+  prepare_folder();
+  agreed_ = true;  // write_checkpoint fails on all ranks alike
+  write_checkpoint(checkpoints(), checkpoint_info(), stage_->parameters(), state_->own_range(),
+                   shard_states(), config_.checkpoint.keep, world_);
+  agreed_ = false;
+  saved_step_ = next_step_;
+  saved_at_ = Clock::now();
+}
+
+void Trainer::Impl::restore(const CheckpointInfo& info) {
+  const auto number = [&](const char* name) {
+    const auto found = info.numbers.find(name);
+    if (found == info.numbers.end()) {
+      throw DataError(kStateWhere, fmt::format("the checkpoint has no number \"{}\"", name));
+    }
+    return found->second;
+  };
+  const auto text = [&](const char* name) {
+    const auto found = info.texts.find(name);
+    return found == info.texts.end() ? std::string() : found->second;
+  };
+  optimizer_->set_updates(static_cast<std::int64_t>(number("updates")));
+  tokens_seen_ = number("tokens_seen");
+  skipped_steps_ = static_cast<std::int64_t>(number("skipped_steps"));
+  if (!config_.cost) {
+    cost_fit_ = detail::CostFit({.quadratic = number("cost.quadratic"),
+                                 .linear = number("cost.linear"),
+                                 .fixed = number("cost.fixed"),
+                                 .exchange = number("cost.exchange")});
+  }
+  if (balance_ && !text("balance").empty()) {
+    balance_->load_state(parse_tensor(text("balance"), device_));
+  }
+  loader_state_ = text("loader");
+  if (world_.rank() == 0) loader_->restore(loader_state_);
+  next_step_ = info.step;
+  saved_step_ = info.step;
+}
+
+bool Trainer::Impl::try_resume(const std::string& folder, Failure& failure) {
+  failure.reset();
+  try {
+    const CheckpointReader reader(folder);
+    for (const ShardState& state : shard_states()) {
+      at::Tensor values = state.values;
+      reader.read(stage_->parameters(), state_->own_range(), state.name, values);
+    }
+    restore(reader.info());
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  failure = detail::first_failure(world_, failure);
+  return !failure;
+}
+
+void Trainer::Impl::resume() {
+  if (config_.checkpoint.resume == "no") return;
+  // Rank 0 lists, so that all ranks try the same folders.
+  std::string listing;
+  if (world_.rank() == 0) {
+    listing = fmt::format("{}", fmt::join(list_checkpoints(checkpoints()), "\n"));
+  }
+  listing = detail::broadcast_text(world_, listing, 0);
+  Failure failure;
+  std::size_t at = 0;
+  while (at < listing.size()) {
+    const std::size_t end = std::min(listing.find('\n', at), listing.size());
+    const std::string folder = listing.substr(at, end - at);
+    at = end + 1;
+    if (try_resume(folder, failure)) {
+      resumed_from_ = folder;
+      return;
+    }
+    notices_.push_back(fmt::format("checkpoint {} was passed over: {}", folder, failure->message));
+    if (config_.checkpoint.resume == "strict") break;
+  }
+  if (!failure) return;
+  agreed_ = true;
+  throw_error(failure->code, kStateWhere,
+              fmt::format("no good checkpoint in {}: {}; move the folder away or set "
+                          "checkpoint.resume: no to start over",
+                          checkpoints(), failure->message));
+}
+
+}  // namespace meshloom::train
