@@ -123,9 +123,12 @@ GradientsResult gradients(const GradientsOptions& options,
     const data::Document& document = documents.at(static_cast<std::size_t>(sample));
     return parallel::SampleTokens{document.tokens, document.loss_mask};
   };
-  parallel::Executor executor(stage, world, {.record_spans = false});
+  parallel::ExecutorOptions executor_options;
+  executor_options.record_spans = false;
+  parallel::Executor executor(stage, world, executor_options);
   const auto sum = [&](at::Tensor& counts) {
-    world.all_reduce_(counts, comm::ReduceOp::kSum, {.purpose = "balance"}).wait();
+    world.all_reduce_(counts, comm::ReduceOp::kSum, {.timeout = std::nullopt, .purpose = "balance"})
+        .wait();
   };
   if (balance) {
     balance->begin_step(result.plan.total_tokens());

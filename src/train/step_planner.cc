@@ -59,8 +59,8 @@ void StepPlanner::start(std::int64_t step, const CostModel& cost) {
 
 StepPlanner::Result StepPlanner::take(std::chrono::milliseconds limit) {
   if (next_.wait_for(limit) != std::future_status::ready) {
-    throw Timeout(kPlannerWhere,
-                  fmt::format("no plan for the next step within {} s", limit.count() / 1000.0));
+    throw Timeout(kPlannerWhere, fmt::format("no plan for the next step within {} s",
+                                             static_cast<double>(limit.count()) / 1000.0));
   }
   return next_.get();
 }

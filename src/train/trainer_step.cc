@@ -404,7 +404,9 @@ double Trainer::Impl::evaluate() {
       detail::StepOrder::from_bytes(detail::broadcast_text(world_, bytes, 0));
   const plan::Program program = detail::without_update(
       plan::compile_rank(order.plan, {.layers = static_cast<int>(model_.layers)}, world_.rank()));
-  parallel::Executor evaluator(stage_, world_, {.record_spans = false});
+  parallel::ExecutorOptions options;
+  options.record_spans = false;
+  parallel::Executor evaluator(stage_, world_, options);
   const parallel::StepOutcome outcome =
       evaluator.evaluate(order.plan, program, sample_loader(order.membership), *state_);
   double loss = 0.0;

@@ -1,0 +1,155 @@
+#include "meshloom/train/config.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "meshloom/core/error.h"
+#include "temporary_folder.h"
+
+namespace meshloom::train {
+namespace {
+
+constexpr const char* kSmall = "global_batch_tokens: 4_096\n";
+
+std::string refusal(const std::string& text) {
+  return message_of<DataError>([&] { static_cast<void>(TrainConfig::from_yaml(text, "c.yaml")); });
+}
+
+TEST(TrainConfig, EveryKeyReadsAndSurvivesARoundTrip) {
+  const TrainConfig config = TrainConfig::from_yaml(R"(
+run: "runs/a b"
+seed: 7
+steps: 20
+layout: {hdp: 4}
+device: cuda:1
+dtype: bfloat16
+deterministic: true
+threads: 3
+global_batch_tokens: 1_000_000
+capacity_tokens: 65536
+strategy: naive_hdp
+cost: {quadratic: 1.5, linear: 20000, fixed: 1e-3, exchange: 0.25}
+aux_loss_coefficient: 0.01
+aux_loss: sequence
+z_loss_coefficient: 1e-3
+clip_norm: 0.5
+nan_policy: skip
+evaluate_every: 5
+evaluate_tokens: 1000
+timeline_steps: 2
+save_plans: false
+timeout_seconds: 12.5
+model:
+  config:
+    model_type: llama
+    hidden_size: 64
+    rms_norm_eps: 1e-5
+    tie_word_embeddings: true
+    rope_scaling: null
+    name: "12"
+data:
+  paths: [a, "b c"]
+  weights: [1, 2.5]
+  tokenizer: t.model
+  vocab_size: 500
+  max_document_tokens: 99
+  held_out_fraction: 0.05
+  cache: /tmp/c
+optimizer: {lr: 1e-3, beta1: 0.8, beta2: 0.99, eps: 1e-9, weight_decay: 0.2}
+schedule: {kind: linear, warmup: 3, steps: 18, final_fraction: 0.2}
+rules:
+  - {pattern: "embed", lr_factor: 0.5, weight_decay: 0.0}
+  - {pattern: "layers\\.0\\.", frozen: true}
+checkpoint: {every_steps: 4, every_minutes: 1.5, keep: 3, resume: false}
+)",
+                                                    "c.yaml");
+  EXPECT_EQ(config.run, "runs/a b");
+  EXPECT_EQ(config.layout.hdp, 4);
+  EXPECT_EQ(config.global_batch_tokens, 1'000'000);
+  ASSERT_TRUE(config.cost.has_value());
+  EXPECT_EQ(config.cost->exchange, 0.25);
+  EXPECT_EQ(config.model.preset, R"({"model_type":"llama","hidden_size":64,"rms_norm_eps":1e-05,)"
+                                 R"("tie_word_embeddings":true,"rope_scaling":null,"name":"12"})");
+  EXPECT_EQ(config.data.weights[1], 2.5);
+  EXPECT_EQ(config.rules.size(), 2U);
+  EXPECT_EQ(config.rules[0].weight_decay, 0.0);
+  EXPECT_FALSE(config.rules[1].weight_decay.has_value());
+  EXPECT_TRUE(config.rules[1].frozen);
+  EXPECT_EQ(config.checkpoint.resume, "no");
+
+  const std::string text = config.to_yaml();
+  const TrainConfig again = TrainConfig::from_yaml(text, "again");
+  EXPECT_EQ(again.to_yaml(), text);
+  EXPECT_EQ(again.model.preset, config.model.preset);
+  EXPECT_EQ(again.optimizer.lr, config.optimizer.lr);
+  EXPECT_EQ(again.rules[1].pattern, "layers\\.0\\.");
+}
+
+TEST(TrainConfig, UnknownKeyIsRefusedWithItsLineAndTheNearestOne) {
+  EXPECT_EQ(refusal(std::string(kSmall) + "optimizer:\n  lrate: 1\n"),
+            "[train.config] c.yaml:3: optimizer.lrate: unknown key; did you mean \"lr\"?");
+  EXPECT_NE(refusal(std::string(kSmall) + "global_batch_token: 3\n").find("global_batch_tokens"),
+            std::string::npos);
+}
+
+TEST(TrainConfig, WrongTypesAndRangesNameKeyAndLine) {
+  EXPECT_EQ(refusal(std::string(kSmall) + "steps: many\n"),
+            "[train.config] c.yaml:2: steps: expected an integer, got \"many\"");
+  EXPECT_EQ(refusal(std::string(kSmall) + "steps: 1.5\n"),
+            "[train.config] c.yaml:2: steps: expected an integer, got \"1.5\"");
+  EXPECT_EQ(refusal(std::string(kSmall) + "steps: \"3\"\n"),
+            "[train.config] c.yaml:2: steps: expected an integer, got \"3\"");
+  EXPECT_EQ(refusal(std::string(kSmall) + "clip_norm: .nan\n"),
+            "[train.config] c.yaml:2: clip_norm: expected a number, got \".nan\"");
+  EXPECT_EQ(refusal(std::string(kSmall) + "optimizer: 3\n"),
+            "[train.config] c.yaml:2: optimizer: expected a mapping of keys, got a scalar");
+  EXPECT_EQ(refusal(std::string(kSmall) + "schedule:\n  kind: cosin\n"),
+            "[train.config] c.yaml:3: schedule.kind: got \"cosin\", expected one of: cosine, "
+            "linear, constant");
+  EXPECT_EQ(refusal(std::string(kSmall) + "data:\n  held_out_fraction: 1.0\n"),
+            "[train.config] c.yaml:3: data.held_out_fraction: got 1, expected 0 <= x < 1");
+  EXPECT_EQ(refusal(std::string(kSmall) + "seed: 1\nseed: 2\n"),
+            "[train.config] c.yaml:3: seed: the key is given twice");
+  EXPECT_NE(refusal(std::string(kSmall) + "rules: [{pattern: \"(\"}]\n").find("rules[0].pattern"),
+            std::string::npos);
+  EXPECT_NE(refusal(std::string(kSmall) + "run:\n").find("has no value"), std::string::npos);
+}
+
+TEST(TrainConfig, TextThatIsNoYamlNamesTheLine) {
+  EXPECT_NE(refusal("steps: 1\nrun: [a\n").find("c.yaml:3: not YAML"), std::string::npos);
+  EXPECT_NE(refusal("").find("expected a mapping"), std::string::npos);
+}
+
+TEST(TrainConfig, MissingFileIsAnIoErrorThatNamesIt) {
+  EXPECT_NE(message_of<IoError>([] {
+              static_cast<void>(TrainConfig::load("/nowhere/c.yaml"));
+            }).find("/nowhere/c.yaml"),
+            std::string::npos);
+}
+
+TEST(TrainConfig, ResolveFillsLayoutAndCapacity) {
+  TrainConfig config = TrainConfig::from_yaml("global_batch_tokens: 4097", "c");
+  config.resolve(4);
+  EXPECT_EQ(config.layout.hdp, 4);
+  EXPECT_EQ(config.capacity_tokens, 1025);
+  config.data.max_document_tokens = 4101;
+  EXPECT_NE(
+      message_of<InvalidArgument>([&] { config.resolve(4); }).find("max_document_tokens 4101"),
+      std::string::npos);
+  EXPECT_NE(message_of<InvalidArgument>([&] { config.resolve(3); }).find("needs 4 ranks"),
+            std::string::npos);
+}
+
+TEST(TrainConfig, ModelSectionHasToSayAModel) {
+  const TrainConfig config = TrainConfig::from_yaml(kSmall, "c");
+  EXPECT_NE(message_of<InvalidArgument>([&] {
+              static_cast<void>(load_model_config(config));
+            }).find("model.path"),
+            std::string::npos);
+  EXPECT_NE(refusal(std::string(kSmall) + "model: {path: a, config: b}\n").find("only one"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace meshloom::train
