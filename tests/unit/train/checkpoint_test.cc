@@ -117,12 +117,12 @@ TEST(Checkpoint, AnyNumberOfRanksReadsAnyOther) {
 TEST(Checkpoint, KeepsTheNewestAndReplacesTheSameStep) {
   const TemporaryFolder root;
   for (const std::int64_t step : {1, 2, 3, 10}) write(root.path(), 2, step, counting(), 2);
-  write(root.path(), 2, 10, counting() * 2, 2);
+  write(root.path(), 2, 10, counting().mul(2), 2);
   const std::vector<std::string> found = list_checkpoints(root.path());
   ASSERT_EQ(found.size(), 2U);
   EXPECT_NE(found[0].find("step-00000010"), std::string::npos);
   EXPECT_NE(found[1].find("step-00000003"), std::string::npos);
-  EXPECT_TRUE(read(found[0], 3, "master").equal(counting() * 2));
+  EXPECT_TRUE(read(found[0], 3, "master").equal(counting().mul(2)));
   std::size_t entries = 0;
   for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator(root.path())) {
     ++entries;

@@ -118,7 +118,8 @@ TEST(AdamW, FrozenParametersNeitherMoveNorCount) {
   const model::ParameterTable table = small_table();
   at::Tensor values = noise(table.elements, 1);
   const at::Tensor before = values.clone();
-  AdamW optimizer(table, {0, table.elements}, values, {}, {{.pattern = "norm", .frozen = true}});
+  AdamW optimizer(table, {0, table.elements}, values, {},
+                  {{.pattern = "norm", .weight_decay = std::nullopt, .frozen = true}});
   at::Tensor gradient = at::zeros({table.elements}, at::kDouble);
   gradient.narrow(0, 12, 5).fill_(1000.0);
   gradient.narrow(0, 0, 2).fill_(3.0);
@@ -144,7 +145,8 @@ TEST(AdamW, NormOfSinglePrecisionAccumulatesInDouble) {
 
 TEST(AdamW, RuleWithoutAMatchIsRefused) {
   EXPECT_NE(message_of<InvalidArgument>([] {
-              static_cast<void>(parameter_settings(small_table(), {}, {{.pattern = "expert"}}));
+              static_cast<void>(parameter_settings(
+                  small_table(), {}, {{.pattern = "expert", .weight_decay = std::nullopt}}));
             }).find("rules[0]: the pattern \"expert\" matches none"),
             std::string::npos);
 }
