@@ -30,7 +30,7 @@ model::ParameterTable odd_table() {
     spec.name = "tensor." + std::to_string(i);
     spec.shape = shapes[i];
     spec.offset = offset;
-    offset += spec.elements();
+    offset += element_count(spec.shape);
     table.parameters.push_back(spec);
   }
   table.elements = offset;

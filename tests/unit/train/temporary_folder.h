@@ -2,8 +2,10 @@
 
 #include <stdlib.h>
 
+#include <cstdint>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 namespace meshloom::train {
 
@@ -26,6 +28,12 @@ class TemporaryFolder {
  private:
   std::string path_;
 };
+
+inline std::int64_t element_count(const std::vector<std::int64_t>& shape) {
+  std::int64_t result = 1;
+  for (const std::int64_t size : shape) result *= size;
+  return result;
+}
 
 /// The message of the error that `body` throws; empty where it throws none.
 template <class Failure, class Body>
