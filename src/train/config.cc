@@ -8,6 +8,7 @@
 #include <fstream>
 #include <initializer_list>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <regex>
 #include <sstream>
 #include <string_view>
@@ -234,6 +235,26 @@ int line_of(const std::map<std::string, int>& lines, std::string key) {
   }
 }
 
+/// JSON as YAML; strings are quoted, so that they stay strings.
+void emit(YAML::Emitter& out, const nlohmann::ordered_json& value) {
+  if (value.is_object()) {
+    out << YAML::BeginMap;
+    for (const auto& [key, entry] : value.items()) {
+      out << YAML::Key << key << YAML::Value;
+      emit(out, entry);
+    }
+    out << YAML::EndMap;
+  } else if (value.is_array()) {
+    out << YAML::Flow << YAML::BeginSeq;
+    for (const auto& entry : value) emit(out, entry);
+    out << YAML::EndSeq;
+  } else if (value.is_string()) {
+    out << YAML::DoubleQuoted << value.get<std::string>();
+  } else {
+    out << value.dump();
+  }
+}
+
 /// The shortest text that reads back as the same number, and as a float.
 std::string number(double value) {
   std::string text = fmt::format("{}", value);
@@ -348,9 +369,10 @@ std::string TrainConfig::to_yaml() const {
   open("model");
   if (!model.path.empty()) text("path", model.path);
   if (!model.config.empty()) text("config", model.config);
-  // JSON is YAML's flow style.
-  if (!model.preset.empty())
-    out << YAML::Key << "config" << YAML::Value << YAML::Load(model.preset);
+  if (!model.preset.empty()) {
+    out << YAML::Key << "config" << YAML::Value;
+    emit(out, nlohmann::ordered_json::parse(model.preset));
+  }
   out << YAML::EndMap;
   open("data");
   out << YAML::Key << "paths" << YAML::Value << YAML::Flow << YAML::BeginSeq;

@@ -69,7 +69,9 @@ std::string nearest_name(std::string_view name, const std::vector<std::string>& 
   std::string best;
   std::size_t best_distance = std::max<std::size_t>(2, name.size() / 2) + 1;
   for (const std::string& candidate : candidates) {
-    const std::size_t distance = edit_distance(name, candidate);
+    // A name that goes on where the other ends is near, whatever its length.
+    const bool prefix = name.starts_with(candidate) || candidate.starts_with(name);
+    const std::size_t distance = prefix ? 1 : edit_distance(name, candidate);
     if (distance < best_distance) {
       best_distance = distance;
       best = candidate;

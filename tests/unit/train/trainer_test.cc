@@ -305,7 +305,7 @@ TEST(Trainer, NanStopsAndNamesRankUnitAndSample) {
   });
   ASSERT_EQ(messages.size(), 3U);
   EXPECT_NE(messages[0].find("NaN or Inf in the loss on rank"), std::string::npos) << messages[0];
-  EXPECT_NE(messages[0].find("tiny:7"), std::string::npos) << messages[0];
+  EXPECT_NE(messages[0].find("tiny[7]"), std::string::npos) << messages[0];
   EXPECT_EQ(messages[0], messages[1]);
   EXPECT_EQ(messages[0], messages[2]);
 }
