@@ -250,6 +250,8 @@ void emit(YAML::Emitter& out, const nlohmann::ordered_json& value) {
     out << YAML::EndSeq;
   } else if (value.is_string()) {
     out << YAML::DoubleQuoted << value.get<std::string>();
+  } else if (value.is_null()) {
+    out << YAML::Null;
   } else {
     out << value.dump();
   }
