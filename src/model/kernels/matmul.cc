@@ -4,6 +4,7 @@
 #include "meshloom/model/ops.h"
 #include "model/kernels/checks.h"
 #include "model/kernels/composite.h"
+#include "model/kernels/product_driver.h"
 
 namespace meshloom::model::ops {
 namespace {
@@ -30,12 +31,23 @@ at::Tensor matmul_nt(const at::Tensor& x, const at::Tensor& w, const at::Tensor&
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nt", "w");
   check_product(x, w, 1, "ops.matmul_nt");
   if (bias.defined()) kernels::check_shape(bias, {w.size(0)}, "ops.matmul_nt", "bias");
+  at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
+  if (kernels::product_served(y, x, w) &&
+      (!bias.defined() || bias.scalar_type() == x.scalar_type())) {
+    kernels::product_(y, x, w.t(), false, bias);
+    return y;
+  }
   return composite::matmul_nt(x, w, bias);
 }
 
 at::Tensor matmul_nn(const at::Tensor& dy, const at::Tensor& w) {
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nn", "w");
   check_product(dy, w, 0, "ops.matmul_nn");
+  at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
+  if (kernels::product_served(dx, dy, w)) {
+    kernels::product_(dx, dy, w, false);
+    return dx;
+  }
   return composite::matmul_nn(dy, w);
 }
 
@@ -43,6 +55,7 @@ void matmul_nt_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& w) {
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nt_add_", "w");
   check_product(x, w, 1, "ops.matmul_nt_add_");
   kernels::check_shape(y, {x.size(0), w.size(0)}, "ops.matmul_nt_add_", "y");
+  if (kernels::product_served(y, x, w)) return kernels::product_(y, x, w.t(), true);
   composite::matmul_nt_add_(y, x, w);
 }
 
@@ -50,6 +63,7 @@ void matmul_nn_add_(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w) {
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nn_add_", "w");
   check_product(dy, w, 0, "ops.matmul_nn_add_");
   kernels::check_shape(dx, {dy.size(0), w.size(1)}, "ops.matmul_nn_add_", "dx");
+  if (kernels::product_served(dx, dy, w)) return kernels::product_(dx, dy, w, true);
   composite::matmul_nn_add_(dx, dy, w);
 }
 
@@ -58,6 +72,7 @@ void matmul_tn_add_(at::Tensor& grad, const at::Tensor& dy, const at::Tensor& x)
   kernels::check_shape(x, {dy.size(0), -1}, "ops.matmul_tn_add_", "x");
   kernels::check_type(x, dy.scalar_type(), "ops.matmul_tn_add_", "x");
   kernels::check_shape(grad, {dy.size(1), x.size(1)}, "ops.matmul_tn_add_", "grad");
+  if (kernels::product_served(grad, dy, x)) return kernels::product_(grad, dy.t(), x, true);
   composite::matmul_tn_add_(grad, dy, x);
 }
 
@@ -70,7 +85,12 @@ at::Tensor grouped_matmul_nt(const at::Tensor& x, const at::Tensor& w,
   at::Tensor y = at::empty({x.size(0), w.size(1)}, x.options());
   for_each_group(rows, [&](std::int64_t e, std::int64_t begin, std::int64_t count) {
     at::Tensor out = y.narrow(0, begin, count);
-    at::mm_out(out, x.narrow(0, begin, count), w.select(0, e).t());
+    const at::Tensor in = x.narrow(0, begin, count);
+    if (kernels::product_served(out, in, w)) {
+      kernels::product_(out, in, w.select(0, e).t(), false);
+    } else {
+      at::mm_out(out, in, w.select(0, e).t());
+    }
   });
   return y;
 }
@@ -84,7 +104,12 @@ at::Tensor grouped_matmul_nn(const at::Tensor& dy, const at::Tensor& w,
   at::Tensor dx = at::empty({dy.size(0), w.size(2)}, dy.options());
   for_each_group(rows, [&](std::int64_t e, std::int64_t begin, std::int64_t count) {
     at::Tensor out = dx.narrow(0, begin, count);
-    at::mm_out(out, dy.narrow(0, begin, count), w.select(0, e));
+    const at::Tensor in = dy.narrow(0, begin, count);
+    if (kernels::product_served(out, in, w)) {
+      kernels::product_(out, in, w.select(0, e), false);
+    } else {
+      at::mm_out(out, in, w.select(0, e));
+    }
   });
   return dx;
 }
@@ -99,7 +124,13 @@ void grouped_matmul_tn_add_(at::Tensor& grad, const at::Tensor& dy, const at::Te
   kernels::check_rows(rows, x.size(0), kWhere);
   for_each_group(rows, [&](std::int64_t e, std::int64_t begin, std::int64_t count) {
     at::Tensor out = grad.select(0, e);
-    composite::matmul_tn_add_(out, dy.narrow(0, begin, count), x.narrow(0, begin, count));
+    const at::Tensor left = dy.narrow(0, begin, count);
+    const at::Tensor right = x.narrow(0, begin, count);
+    if (kernels::product_served(out, left, right)) {
+      kernels::product_(out, left.t(), right, true);
+    } else {
+      composite::matmul_tn_add_(out, left, right);
+    }
   });
 }
 
