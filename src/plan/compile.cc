@@ -8,6 +8,7 @@
 #include "meshloom/core/check.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/schedule.h"
+#include "plan/internal/timetable.h"
 
 namespace meshloom::plan {
 namespace {
@@ -31,7 +32,9 @@ class Lowering {
       : plan_(plan), layout_(plan.layout), options_(options) {
     layout_.validate();
     MESHLOOM_CHECK_GE(options.layers, 1, "plan.compile", "layers");
-    schedule_ = make_schedule(options.schedule, layout_, static_cast<int>(plan.slots.size()));
+    const auto slots = static_cast<int>(plan.slots.size());
+    schedule_ = options.table ? *options.table : make_schedule(options.schedule, layout_, slots);
+    events_ = detail::timetable(schedule_, layout_, slots);
     find_parts();
     find_pieces();
     unit_lists_.resize(first_unit_.back() * static_cast<std::size_t>(layout_.tp * layout_.pp));
@@ -50,8 +53,8 @@ class Lowering {
     part_of_.assign(plan_.slots.size(), kAbsent);
     for (const auto& [slot, unit] : parts) part_of_[static_cast<std::size_t>(slot)] = unit;
     loaded_.assign(plan_.slots.size(), false);
-    for (const StageAction& action : schedule_.stages[static_cast<std::size_t>(at_.pp)]) {
-      if (part_of_[static_cast<std::size_t>(action.slot)] != kAbsent) add(action);
+    for (const detail::StageEvent& event : events_[static_cast<std::size_t>(at_.pp)]) {
+      if (part_of_[static_cast<std::size_t>(event.slot)] != kAbsent) add(event);
     }
     add_reduce();
     add_step();
@@ -184,44 +187,27 @@ class Lowering {
     return plan_.slots[static_cast<std::size_t>(slot)].units[static_cast<std::size_t>(unit)];
   }
 
-  void add(const StageAction& action) {
-    const int unit = part_of_[static_cast<std::size_t>(action.slot)];
-    const int piece = piece_[chunk_index(at_.pp, action.chunk)];
-    const bool forward = action.op == Op::kForward;
-    if (!loaded_[static_cast<std::size_t>(action.slot)]) {
-      loaded_[static_cast<std::size_t>(action.slot)] = true;
-      program_.instructions.push_back({.op = Op::kLoad, .slot = action.slot, .unit = unit});
-    }
-    // Activations come from the piece before and go to the piece after; gradients the other way.
-    const int from = forward ? piece - 1 : piece + 1;
-    const int to = forward ? piece + 1 : piece - 1;
-    if (action.op != Op::kWeightGradient) add_transfer(Op::kReceive, action, unit, from);
-    Instruction instruction{.op = action.op,
-                            .slot = action.slot,
+  void add(const detail::StageEvent& event) {
+    const auto slot = static_cast<std::size_t>(event.slot);
+    const int unit = part_of_[slot];
+    Instruction instruction{.op = event.op,
+                            .slot = event.slot,
                             .unit = unit,
-                            .chunk = action.chunk,
-                            .defer_weight_gradient = action.defer_weight_gradient};
-    if (action.op != Op::kWeightGradient) {
-      instruction.rendezvous =
-          meetings(action.slot, unit, layers_[static_cast<std::size_t>(piece)]);
+                            .chunk = event.chunk,
+                            .gradient = event.gradient,
+                            .defer_weight_gradient = event.defer_weight_gradient};
+    if (event.peer_stage >= 0) {
+      if (unit == kIdle) return;  // nothing to move
+      instruction.peer = layout_.rank({.tp = at_.tp, .hdp = at_.hdp, .pp = event.peer_stage});
+    } else if (event.op != Op::kWeightGradient) {
+      const int piece = piece_[chunk_index(at_.pp, event.chunk)];
+      instruction.rendezvous = meetings(event.slot, unit, layers_[static_cast<std::size_t>(piece)]);
+      if (!loaded_[slot]) {
+        loaded_[slot] = true;
+        program_.instructions.push_back({.op = Op::kLoad, .slot = event.slot, .unit = unit});
+      }
     }
     program_.instructions.push_back(std::move(instruction));
-    if (action.op != Op::kWeightGradient) add_transfer(Op::kSend, action, unit, to);
-  }
-
-  /// A transfer with the stage that holds piece `other`; none at the ends of the model, between
-  /// chunks of one rank, or for an idle member.
-  void add_transfer(Op op, const StageAction& action, int unit, int other) {
-    if (unit == kIdle || other < 0 || other >= static_cast<int>(piece_.size())) return;
-    const int stage = schedule_.placement[static_cast<std::size_t>(other)].stage;
-    if (stage == at_.pp) return;
-    program_.instructions.push_back(
-        {.op = op,
-         .slot = action.slot,
-         .unit = unit,
-         .chunk = action.chunk,
-         .peer = layout_.rank({.tp = at_.tp, .hdp = at_.hdp, .pp = stage}),
-         .gradient = action.op == Op::kBackward});
   }
 
   std::vector<Rendezvous> meetings(int slot, int unit, int layers) {
@@ -265,10 +251,11 @@ class Lowering {
   const Layout& layout_;
   const CompileOptions& options_;
   Schedule schedule_;
-  std::vector<std::vector<SlotUnit>> parts_;  // [hdp]
-  std::vector<std::size_t> first_unit_;       // units before each slot; last: all
-  std::vector<int> piece_;                    // [stage, chunk] -> position in the model
-  std::vector<int> layers_;                   // [piece]
+  std::vector<std::vector<detail::StageEvent>> events_;  // [pp]
+  std::vector<std::vector<SlotUnit>> parts_;             // [hdp]
+  std::vector<std::size_t> first_unit_;                  // units before each slot; last: all
+  std::vector<int> piece_;                               // [stage, chunk] -> position in the model
+  std::vector<int> layers_;                              // [piece]
   // Rank lists, made once and shared by all who name them.
   std::vector<RankList> unit_lists_;
   std::vector<RankList> axis_lists_;

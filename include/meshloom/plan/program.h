@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,7 +18,10 @@ enum class Op : std::uint8_t {
   kForward,         ///< of one model chunk; the last stage computes the loss too
   kBackward,        ///< input gradients, and weight gradients unless they are deferred
   kWeightGradient,  ///< the deferred part of a backward
-  kSend,            ///< activations or their gradients to a neighbouring stage
+  /// Activations or their gradients to another stage. Does not hold up the sender; the n-th send
+  /// from one rank to another meets the n-th receive there.
+  kSend,
+  /// Offers a buffer for what a stage sends; the computation that uses it waits until it is there.
   kReceive,
   kReduce,  ///< sum of gradients over their replicas
   kStep,    ///< optimizer update, then parameters to those who need them
@@ -64,15 +68,21 @@ struct MESHLOOM_API Program {
   friend bool operator==(const Program&, const Program&) = default;
 };
 
+struct Schedule;
+
 /// What compile needs beside the plan.
 struct CompileOptions {
-  int layers = 1;  ///< decoder layers of the model: rendezvous counts
-  /// Pipeline schedule by name; ignored for pp = 1, where every slot runs forward, then backward.
-  std::string schedule = "1f1b";
+  int layers = 1;          ///< decoder layers of the model: rendezvous counts
+  std::string schedule{};  ///< by name, as in `make_schedule`
+  /// A table of one's own instead.
+  std::shared_ptr<const Schedule> table = nullptr;
 };
 
-/// Programs of all ranks, in world-rank order. A pure function of its inputs.
+/// Programs of all ranks, in world-rank order. A pure function of its inputs. Every rank's program
+/// is a subsequence of one total order over all stages, whatever slots the rank has a part in, so
+/// that the programs can't deadlock even if every send waited for its receive.
 /// @throws NotSupported  the layout or schedule is not built.
+/// @throws PlanError     a table of one's own can't be carried out; names stage, chunk and slot.
 [[nodiscard]] MESHLOOM_API std::vector<Program> compile(const StepPlan& plan,
                                                         const CompileOptions& options);
 /// The program of one world rank alone (the same as compile(...)[rank], without building the rest).

@@ -27,16 +27,27 @@ struct StageChunk {
 
 /// A pipeline schedule as data: each stage's total order of (op, chunk, slot), generated over slot
 /// indices alone. A rank runs its subsequence of its stage's order, never re-packed; `compile` adds
-/// loads, sends, receives and rendezvous.
+/// loads, sends, receives and rendezvous. A table of one's own is one of these, too.
 struct Schedule {
   std::vector<std::vector<StageAction>> stages;  ///< [pp]
   std::vector<StageChunk> placement;             ///< [pp * chunks]: the model's pieces in order
 };
 
-/// The schedule `name` for a layout and a number of slots. With pp = 1 the name is ignored: every
-/// slot runs forward, then backward.
-/// @throws NotSupported  the schedule is not built; names it.
+/// "1f1b", "interleaved_1f1b" [Narayanan et al. 2021], "zb_h1" (zero bubble with the memory of
+/// 1F1B [Qi et al. 2023]) and "zb_v" (two chunks a stage in a V [Qi et al. 2024]).
+[[nodiscard]] MESHLOOM_API std::vector<std::string> schedule_names();
+
+/// The schedule `name` for a layout and any number of slots. With pp = 1 every slot runs forward,
+/// then backward, whatever the name. An empty name is "1f1b", or "interleaved_1f1b" where the
+/// layout has several chunks.
+/// @throws NotSupported     unknown name; lists the known ones.
+/// @throws InvalidArgument  the schedule does not go with the layout's chunks.
 [[nodiscard]] MESHLOOM_API Schedule make_schedule(const std::string& name, const Layout& layout,
                                                   int slots);
+
+/// Refuses a table that can't be carried out: pieces without a place, computations missing,
+/// repeated or out of order, stages that wait for each other.
+/// @throws PlanError  names stage, chunk and slot.
+MESHLOOM_API void check_schedule(const Schedule& schedule, const Layout& layout, int slots);
 
 }  // namespace meshloom::plan

@@ -1,0 +1,184 @@
+#include "sim/internal/prices.h"
+
+#include <algorithm>
+
+namespace meshloom::sim::detail {
+
+using plan::Instruction;
+using plan::Op;
+using plan::RendezvousKind;
+
+Prices::Prices(const plan::StepPlan& plan, const Cluster& cluster, const Workload& workload)
+    : plan_(plan),
+      cluster_(cluster),
+      workload_(workload),
+      groups_(cluster),
+      pieces_(plan.layout.pp * plan.layout.chunks) {
+  for (const auto& sample : plan.samples) tokens_[sample.id] = sample.tokens;
+  facts_.resize(plan.slots.size());
+  for (std::size_t s = 0; s < plan.slots.size(); ++s) {
+    for (const auto& unit : plan.slots[s].units) facts_[s].push_back(facts_of(unit));
+  }
+}
+
+UnitFacts Prices::facts_of(const plan::Unit& unit) const {
+  UnitFacts facts;
+  facts.degree = static_cast<int>(unit.ranks.size());
+  for (const auto id : unit.samples) {
+    const auto s = tokens_.at(id);
+    facts.work += plan_.cost.work(s);
+    facts.quadratic += plan_.cost.quadratic * static_cast<double>(s) * static_cast<double>(s);
+    facts.tokens += static_cast<double>(s);
+  }
+  facts.ring = cluster_.inside;
+  int inside = 0;
+  for (int i = 0; i < facts.degree; ++i) {
+    const int a = plan_.layout.rank({.tp = 0, .hdp = unit.ranks[as_size(i)], .pp = 0});
+    const int b =
+        plan_.layout.rank({.tp = 0, .hdp = unit.ranks[as_size((i + 1) % facts.degree)], .pp = 0});
+    const Link& link = cluster_.link(a, b);
+    facts.ring.bandwidth = std::min(facts.ring.bandwidth, link.bandwidth);
+    facts.ring.latency = std::max(facts.ring.latency, link.latency);
+    inside += &link == &cluster_.inside;
+  }
+  facts.share_inside = static_cast<double>(inside) / facts.degree;
+  return facts;
+}
+
+const UnitFacts* Prices::unit_of(const Instruction& instruction) const {
+  if (instruction.slot < 0 || instruction.unit < 0) return nullptr;
+  return &facts_[as_size(instruction.slot)][as_size(instruction.unit)];
+}
+
+double Prices::member_tokens(const Instruction& instruction) const {
+  const auto* facts = unit_of(instruction);
+  return facts ? facts->tokens / facts->degree : 0.0;
+}
+
+double Prices::piece_layers() const { return static_cast<double>(workload_.layers) / pieces_; }
+
+double Prices::saved(const Instruction& instruction) const {
+  return member_tokens(instruction) * workload_.saved_bytes * piece_layers() / plan_.layout.tp;
+}
+
+double Prices::held(const Instruction& instruction) const {
+  if (instruction.slot < 0 || instruction.unit < 0) return 0.0;
+  const auto& unit = plan_.slots[as_size(instruction.slot)].units[as_size(instruction.unit)];
+  return saved(instruction) * plan_.memory.resident_fraction(unit.offload);
+}
+
+Price Prices::of(int rank, const Instruction& instruction) {
+  switch (instruction.op) {
+    case Op::kLoad:
+      return {.exposed = cluster_.loader_seconds};
+    case Op::kForward:
+      return compute(rank, instruction, workload_.forward_share, 1.0);
+    case Op::kBackward: {
+      double share = 1.0 - workload_.forward_share;
+      if (instruction.defer_weight_gradient) share -= workload_.weight_gradient_share;
+      // Keys and values travel again, and their gradients with them.
+      return compute(rank, instruction, share, 2.0);
+    }
+    case Op::kWeightGradient:
+      return compute(rank, instruction, workload_.weight_gradient_share, 0.0);
+    case Op::kReduce:
+    case Op::kStep: {
+      Price price;
+      add_replicas(rank, instruction, price);
+      return price;
+    }
+    case Op::kSend:
+    case Op::kReceive:
+      break;
+  }
+  return {};
+}
+
+Price Prices::compute(int rank, const Instruction& instruction, double share,
+                      double exchange_rounds) {
+  const auto* facts = unit_of(instruction);
+  Price price;
+  if (facts) {
+    const double scale =
+        workload_.seconds_per_work * share / (pieces_ * plan_.layout.tp * cluster_.rate_of(rank));
+    price.compute = scale * (facts->work / facts->degree + plan_.cost.fixed);
+    if (facts->degree > 1 && exchange_rounds > 0.0) {
+      const double attention = scale * facts->quadratic / facts->degree / piece_layers();
+      add_exchange(*facts, attention, exchange_rounds, price);
+    }
+  }
+  for (const auto& rendezvous : instruction.rendezvous) {
+    if (rendezvous.kind == RendezvousKind::kExchange) continue;
+    add_meeting(rank, instruction, rendezvous, price);
+  }
+  if (facts && instruction.op != Op::kWeightGradient) {
+    const double moved = saved(instruction) - held(instruction);
+    if (moved > 0.0) {
+      price.exposed += std::max(0.0, cluster_.host.seconds(moved) - price.compute);
+    }
+  }
+  return price;
+}
+
+/// A ring of D members makes D - 1 transfers a layer and round, each beside the attention of one
+/// block; only what is longer than that is exposed.
+void Prices::add_exchange(const UnitFacts& facts, double attention_per_layer, double rounds,
+                          Price& price) const {
+  const double bytes =
+      rounds * facts.tokens / facts.degree * workload_.key_value_bytes / plan_.layout.tp;
+  const double transfer = facts.ring.seconds(bytes);
+  const double hidden = attention_per_layer / facts.degree;
+  const double steps = piece_layers() * (facts.degree - 1);
+  price.inside += steps * bytes * facts.share_inside;
+  price.between += steps * bytes * (1.0 - facts.share_inside);
+  price.exposed += steps * std::max(0.0, transfer - hidden);
+}
+
+void Prices::add_meeting(int rank, const Instruction& instruction,
+                         const plan::Rendezvous& rendezvous, Price& price) {
+  const auto members = static_cast<double>(rendezvous.ranks.size());
+  const double others = (members - 1.0) / members;
+  double bytes = 0.0;
+  switch (rendezvous.kind) {
+    case RendezvousKind::kDispatch:
+      bytes = member_tokens(instruction) * workload_.dispatch_bytes * others;
+      break;
+    case RendezvousKind::kTensor:
+      bytes = 2.0 * member_tokens(instruction) * workload_.hidden_bytes * others;
+      break;
+    case RendezvousKind::kGather:
+      bytes = workload_.parameter_bytes / (plan_.layout.tp * plan_.layout.pp) / workload_.layers *
+              others;
+      break;
+    case RendezvousKind::kExchange:
+    case RendezvousKind::kGradientSync:
+      break;
+  }
+  add_group(rank, rendezvous, bytes * rendezvous.count, rendezvous.count, price);
+}
+
+/// Reduce-scatter of gradients, then all-gather of parameters, over the replicas.
+void Prices::add_replicas(int rank, const Instruction& instruction, Price& price) {
+  const bool step = instruction.op == Op::kStep;
+  price.compute = step ? workload_.step_seconds / cluster_.rate_of(rank) : 0.0;
+  const double bytes = (step ? workload_.parameter_bytes : workload_.gradient_bytes) /
+                       (plan_.layout.tp * plan_.layout.pp);
+  for (const auto& rendezvous : instruction.rendezvous) {
+    const auto members = static_cast<double>(rendezvous.ranks.size());
+    add_group(rank, rendezvous, bytes * (members - 1.0) / members, 1, price);
+  }
+}
+
+void Prices::add_group(int rank, const plan::Rendezvous& rendezvous, double bytes, int calls,
+                       Price& price) {
+  const Group& group = groups_[groups_.of(rendezvous.ranks)];
+  const auto others = static_cast<double>(group.ranks.size()) - 1.0;
+  const auto own = group.on_node.find(rank / cluster_.ranks_per_node);
+  const double inside = own == group.on_node.end() ? 0.0 : own->second - 1.0;
+  const double share = others > 0.0 ? inside / others : 1.0;
+  price.inside += bytes * share;
+  price.between += bytes * (1.0 - share);
+  price.exposed += calls * group.link.latency + bytes / group.link.bandwidth;
+}
+
+}  // namespace meshloom::sim::detail

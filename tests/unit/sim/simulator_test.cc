@@ -1,0 +1,244 @@
+#include "meshloom/sim/simulator.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "meshloom/plan/program.h"
+#include "meshloom/plan/schedule.h"
+#include "meshloom/plan/strategy.h"
+#include "meshloom/plan/verifier.h"
+
+namespace meshloom::sim {
+namespace {
+
+// Sums of at most some thousand doubles.
+constexpr double kRounding = 1e-9;
+
+/// A machine on which only computation takes time.
+Cluster free_communication() {
+  Cluster cluster;
+  cluster.inside = cluster.between = cluster.host = {.bandwidth = 1e30, .latency = 0.0};
+  return cluster;
+}
+
+Workload unit_workload(double weight_share) {
+  Workload workload;
+  workload.layers = 8;
+  workload.seconds_per_work = 1.0;
+  workload.forward_share = 1.0 / 3.0;
+  workload.weight_gradient_share = weight_share;
+  return workload;
+}
+
+/// `slots` equal micro-batches of work 3 on every HDP rank, so that a stage of p takes 1/p forward.
+plan::StepPlan equal_slots(int stages, int chunks, int slots) {
+  plan::StepPlan plan;
+  plan.layout.pp = stages;
+  plan.layout.chunks = chunks;
+  plan.capacity_tokens = 1;
+  plan.cost = {.quadratic = 0.0, .linear = 3.0 * stages, .fixed = 0.0, .exchange = 0.0};
+  for (int i = 0; i < slots; ++i) {
+    plan.samples.push_back({.id = i, .tokens = 1, .loss_tokens = 0});
+    plan.slots.push_back({.units = {{.ranks = {0}, .samples = {i}}}});
+  }
+  plan::predict_(plan);
+  return plan;
+}
+
+double step_time(const std::string& schedule, int stages, int chunks, int slots) {
+  const auto plan = equal_slots(stages, chunks, slots);
+  const auto programs = plan::compile(plan, {.layers = 8 * chunks, .schedule = schedule});
+  const auto violations = plan::check_programs(plan, programs);
+  EXPECT_TRUE(violations.empty()) << schedule << ": " << violations.front().message;
+  return simulate(plan, programs, free_communication(), unit_workload(1.0 / 3.0)).step_time;
+}
+
+int chunks_of(const std::string& schedule) {
+  return schedule == "interleaved_1f1b" || schedule == "zb_v" ? 2 : 1;
+}
+
+// With forward F = 1, whole backward B = 2, weight gradient W = 1 for all chunks of a stage.
+TEST(Simulator, BubblesOfSchedulesAreTheirFormulas) {
+  for (const int stages : {2, 4, 8}) {
+    for (const int slots : {8, 16, 24}) {
+      const double ideal = 3.0 * slots;
+      EXPECT_NEAR(step_time("1f1b", stages, 1, slots), ideal + 3.0 * (stages - 1), kRounding);
+      EXPECT_NEAR(step_time("zb_h1", stages, 1, slots), ideal + (1.0 + 2.0 - 2.0) * (stages - 1),
+                  kRounding);
+      for (const int chunks : {2, 3}) {
+        EXPECT_NEAR(step_time("interleaved_1f1b", stages, chunks, slots),
+                    ideal + 3.0 / chunks * (stages - 1), kRounding);
+      }
+      // Zero bubble: the last stage waits for the first half forwards, then nobody waits.
+      if (slots >= 2 * stages) {
+        EXPECT_NEAR(step_time("zb_v", stages, 2, slots), ideal + 0.5 * (stages - 1), kRounding);
+      }
+    }
+  }
+}
+
+TEST(Simulator, EveryScheduleEndsForAnyNumberOfSlots) {
+  for (const auto& schedule : plan::schedule_names()) {
+    for (const int stages : {1, 2, 3, 5}) {
+      for (int slots = 1; slots <= 7; ++slots) {
+        EXPECT_GE(step_time(schedule, stages, chunks_of(schedule), slots), 3.0 * slots - kRounding)
+            << schedule << " " << stages << " stages, " << slots << " slots";
+      }
+    }
+  }
+}
+
+TEST(Simulator, RanksWithoutAPartInSomeSlotsStillMeet) {
+  for (const auto& schedule : plan::schedule_names()) {
+    for (int hdp = 2; hdp <= 6; ++hdp) {
+      for (const auto lockstep : {plan::Lockstep::kNone, plan::Lockstep::kEp}) {
+        plan::PlanProblem problem;
+        problem.layout.hdp = hdp;
+        problem.layout.pp = 1 + hdp % 4;
+        problem.layout.chunks = chunks_of(schedule);
+        problem.layout.ep = lockstep == plan::Lockstep::kEp && hdp % 2 == 0 ? 2 : 1;
+        problem.lockstep = lockstep;
+        problem.capacity_tokens = 100;
+        for (int i = 0; i < 25; ++i) {
+          const std::int64_t tokens = 1 + (i * i * 37 + 11 * hdp) % (40 * hdp);
+          problem.samples.push_back({.id = i, .tokens = tokens, .loss_tokens = tokens - 1});
+        }
+        const auto plan = plan::make_plan(problem, "balanced");
+        const auto programs = plan::compile(plan, {.layers = 12, .schedule = schedule});
+        const auto violations = plan::check_programs(plan, programs);
+        ASSERT_TRUE(violations.empty()) << schedule << ": " << violations.front().message;
+        const auto result =
+            simulate(plan, programs, free_communication(), unit_workload(1.0 / 3.0));
+        EXPECT_GE(result.step_time * problem.layout.pp,
+                  plan.predicted.lower_bound * (1.0 - kRounding))
+            << schedule;
+      }
+    }
+  }
+}
+
+TEST(Simulator, WithoutAPipelineTheStepIsThePredictedMakespan) {
+  plan::PlanProblem problem;
+  problem.layout.hdp = 5;
+  problem.capacity_tokens = 100;
+  for (int i = 0; i < 30; ++i) {
+    const std::int64_t tokens = 1 + (i * i * 17) % 300;
+    problem.samples.push_back({.id = i, .tokens = tokens, .loss_tokens = tokens - 1});
+  }
+  for (const char* strategy : {"static", "naive_hdp", "balanced"}) {
+    const auto plan = plan::make_plan(problem, strategy);
+    const auto programs = plan::compile(plan, {.layers = 8});
+    const auto result = simulate(plan, programs, free_communication(), unit_workload(1.0 / 3.0));
+    EXPECT_NEAR(result.step_time, plan.predicted.makespan, kRounding * plan.predicted.makespan)
+        << strategy;
+  }
+}
+
+TEST(Simulator, ExposesOnlyTransferBeyondComputation) {
+  plan::PlanProblem problem;
+  problem.layout.hdp = 4;
+  problem.capacity_tokens = 1024;
+  problem.cost = {.quadratic = 1e-6, .linear = 0.0, .fixed = 0.0, .exchange = 0.0};
+  problem.samples = {{.id = 0, .tokens = 4096, .loss_tokens = 4095}};
+  const auto plan = plan::make_plan(problem, "naive_hdp");
+  const auto programs = plan::compile(plan, {.layers = 8});
+  auto cluster = free_communication();
+  auto workload = unit_workload(1.0 / 3.0);
+  workload.parameter_bytes = workload.gradient_bytes = 0.0;
+  EXPECT_NEAR(simulate(plan, programs, cluster, workload).exposed[0], 0.0, kRounding);
+  // One block of keys and values: 1,024 tokens of 4,096 bytes. Made twice as long as the attention
+  // of a forward ring step, half of it shows, in 3 steps of 8 layers.
+  const double attention = 1e-6 * 4096.0 * 4096.0 / 4 / 3 / 8 / 4;
+  cluster.inside.bandwidth = 1024.0 * workload.key_value_bytes / (2.0 * attention);
+  const auto slow = simulate(plan, programs, cluster, workload);
+  // Backward: twice the bytes and, with two thirds of the work, twice the time to hide them.
+  EXPECT_NEAR(slow.exposed[0], 3 * 8 * (attention + 2.0 * attention), 1e-3 * attention);
+  EXPECT_EQ(slow.bytes_between, 0.0);
+  EXPECT_NEAR(slow.bytes_inside, 4 * 3.0 * 3 * 8 * 1024.0 * workload.key_value_bytes, 1.0);
+}
+
+TEST(Simulator, SavedActivationsPeakWithPipelineDepth) {
+  const auto plan = equal_slots(4, 1, 16);
+  const auto programs = plan::compile(plan, {.layers = 8});
+  const auto workload = unit_workload(1.0 / 3.0);
+  const auto result = simulate(plan, programs, free_communication(), workload);
+  const double one = workload.saved_bytes * 2;  // layers of one stage, one token
+  for (int stage = 0; stage < 4; ++stage) {
+    EXPECT_NEAR(result.peak_memory[static_cast<std::size_t>(stage)], (4 - stage) * one, 1e-6);
+  }
+}
+
+TEST(Simulator, NamesWhoWaitsWhereProgramsCannotEnd) {
+  const auto plan = equal_slots(2, 1, 2);
+  auto programs = plan::compile(plan, {.layers = 8});
+  auto& first = programs[0].instructions;
+  first.erase(std::find_if(first.begin(), first.end(),
+                           [](const auto& i) { return i.op == plan::Op::kSend; }));
+  try {
+    (void)simulate(plan, programs, free_communication(), unit_workload(1.0 / 3.0));
+    FAIL() << "a missing send went unnoticed";
+  } catch (const PlanError& error) {
+    EXPECT_NE(std::string(error.what()).find("rank 1 at forward of slot 1 (nothing from rank 0)"),
+              std::string::npos)
+        << error.what();
+  }
+}
+
+TEST(Cluster, YamlIsReadStrictly) {
+  const auto cluster = Cluster::from_yaml(
+      "ranks_per_node: 4\ninside: {bandwidth: 3.0e11, latency: 2.0e-6}\n", "c.yaml");
+  EXPECT_EQ(cluster.ranks_per_node, 4);
+  EXPECT_EQ(cluster.inside.bandwidth, 3e11);
+  for (const char* bad : {"racks: 3", "inside: {bandwidth: fast}", "inside: 3", "[1]", "a: [",
+                          "inside: {bandwidth: 0, latency: 0}", "ranks_per_node: 0",
+                          "slow_ranks: {3: 0}", "compute_rate: .nan", "nodes: -1"}) {
+    EXPECT_THROW((void)Cluster::from_yaml(bad, "c.yaml"), DataError) << bad;
+  }
+}
+
+TEST(Workload, YamlOverridesFields) {
+  const std::string text = "workload: {layers: 12, dispatch_bytes: 64}\nranks_per_node: 2\n";
+  EXPECT_EQ(Cluster::from_yaml(text, "c.yaml").ranks_per_node, 2);
+  const auto workload = Workload::from_yaml(text, "c.yaml", Workload::llama_7b());
+  EXPECT_EQ(workload.layers, 12);
+  EXPECT_EQ(workload.dispatch_bytes, 64.0);
+  EXPECT_EQ(workload.hidden_bytes, Workload::llama_7b().hidden_bytes);
+  for (const char* bad : {"workload: {layer: 3}", "workload: {layers: 0}", "workload: 3",
+                          "workload: {seconds_per_work: 0}", "workload: {forward_share: 0.9}"}) {
+    EXPECT_THROW((void)Workload::from_yaml(bad, "c.yaml", Workload{}), DataError) << bad;
+  }
+}
+
+TEST(Simulator, SlowRankHoldsUpWhoWaitsForIt) {
+  plan::PlanProblem problem;
+  problem.layout.hdp = 2;
+  problem.capacity_tokens = 10;
+  problem.cost = {.quadratic = 0.0, .linear = 1.0, .fixed = 0.0, .exchange = 0.0};
+  problem.samples = {{.id = 0, .tokens = 10, .loss_tokens = 9},
+                     {.id = 1, .tokens = 10, .loss_tokens = 9}};
+  const auto plan = plan::make_plan(problem, "naive_hdp");
+  const auto programs = plan::compile(plan, {.layers = 8});
+  auto cluster = free_communication();
+  cluster.slow_ranks[1] = 0.5;
+  const auto result = simulate(plan, programs, cluster, unit_workload(1.0 / 3.0));
+  EXPECT_NEAR(result.busy[0], 10.0, kRounding);
+  EXPECT_NEAR(result.busy[1], 20.0, kRounding);
+  EXPECT_NEAR(result.finish[0], 20.0, kRounding);  // the gradients meet
+}
+
+TEST(Workload, SevenBillionParametersTakeThePublishedTimes) {
+  // [BS fig. 6(a)], ms a layer forward: attention and MLP.
+  const double published[][3] = {{4096, 0.8, 0.9},   {8192, 1.8, 1.8},    {16384, 4.8, 3.6},
+                                 {32768, 14.1, 7.5}, {65536, 48.2, 15.1}, {131072, 175.5, 28.2}};
+  constexpr double kFigureTolerance = 0.05;  // what the fit leaves, and digits read off a figure
+  const auto cost = Workload::llama_7b_cost();
+  for (const auto& row : published) {
+    const double s = row[0] / 1.024;  // the figure counts 1K = 1,024, the fit thousands
+    const double ms = cost.work(static_cast<std::int64_t>(s)) / (32 * 3) * 1e3;
+    EXPECT_NEAR(ms, row[1] + row[2], kFigureTolerance * (row[1] + row[2])) << row[0];
+  }
+}
+
+}  // namespace
+}  // namespace meshloom::sim
