@@ -13,7 +13,10 @@ if(MESHLOOM_HAS_TORCH)
   meshloom_add_extension(_core
     SOURCES
       bindings/core/comm.cc
+      bindings/core/data.cc
+      bindings/core/model.cc
       bindings/core/module.cc
+      bindings/core/train.cc
     LIBRARIES meshloom::meshloom LibTorch::torch_python LibTorch::torch_cpu)
   target_compile_definitions(_core PRIVATE AT_PER_OPERATOR_HEADERS)
 endif()

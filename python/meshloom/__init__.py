@@ -24,6 +24,8 @@ from meshloom._errors import (
 
 __version__: str = VERSION
 
+_MODULES = ("data", "launch", "planning", "training")
+
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {
     **dict.fromkeys(("plan", "register_strategy", "strategy_names", "verify"), "meshloom.planning"),
@@ -46,10 +48,35 @@ _LAZY: dict[str, str] = {
         ),
         "meshloom._plan",
     ),
+    **dict.fromkeys(
+        (
+            "AdamWOptions",
+            "CheckpointSection",
+            "Communicator",
+            "DataSection",
+            "GradientsOptions",
+            "GradientsResult",
+            "GroupOptions",
+            "ModelConfig",
+            "ModelSection",
+            "ParameterRule",
+            "ScheduleOptions",
+            "StepMetrics",
+            "TrainConfig",
+            "Trainer",
+            "gradients",
+            "make_trainer",
+            "make_world",
+            "run_thread_ranks",
+        ),
+        "meshloom.training",
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"meshloom.{name}")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'meshloom' has no attribute {name!r}")
@@ -76,4 +103,4 @@ def get_include() -> str:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_MODULES])

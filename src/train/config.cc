@@ -97,6 +97,7 @@ std::optional<Issue> find_issue(const TrainConfig& c) {
   check.at_least("data.vocab_size", static_cast<double>(c.data.vocab_size), 2);
   check.at_least("data.max_document_tokens", static_cast<double>(c.data.max_document_tokens), 0);
   check.fraction("data.held_out_fraction", c.data.held_out_fraction);
+  check.one_of("data.invalid_utf8", c.data.invalid_utf8, {"error", "skip"});
 
   check.at_least("optimizer.lr", c.optimizer.lr, 0);
   check.fraction("optimizer.beta1", c.optimizer.beta1);
@@ -171,6 +172,7 @@ void read_data(detail::YamlSection& top, DataSection& data) {
   section->read("vocab_size", data.vocab_size);
   section->read("max_document_tokens", data.max_document_tokens);
   section->read("held_out_fraction", data.held_out_fraction);
+  section->read("invalid_utf8", data.invalid_utf8);
   section->read("cache", data.cache);
   section->finish();
 }
@@ -390,6 +392,7 @@ std::string TrainConfig::to_yaml() const {
   plain("vocab_size", data.vocab_size);
   plain("max_document_tokens", data.max_document_tokens);
   real("held_out_fraction", data.held_out_fraction);
+  text("invalid_utf8", data.invalid_utf8);
   text("cache", data.cache);
   out << YAML::EndMap;
   open("optimizer");

@@ -11,6 +11,7 @@
 #include "meshloom/core/error.h"
 #include "meshloom/core/hash.h"
 #include "meshloom/data/sources.h"
+#include "meshloom/data/token_cache.h"
 #include "train/internal/collective.h"
 
 namespace meshloom::train {
@@ -100,9 +101,11 @@ std::string tokenizer_file(const TrainConfig& config, comm::Communicator& world)
 
 std::shared_ptr<data::Source> open_source(const DataSection& section, const std::string& path,
                                           const std::shared_ptr<data::Tokenizer>& tokenizer) {
-  if (is_jsonl(path)) return data::jsonl({path}, tokenizer);
   data::TextFolderOptions options;
   options.extensions = section.extensions;
+  options.invalid_utf8 =
+      section.invalid_utf8 == "skip" ? data::InvalidText::kSkip : data::InvalidText::kError;
+  if (is_jsonl(path)) return data::jsonl({path}, tokenizer, options);
   return data::text_folder({path}, tokenizer, options);
 }
 
@@ -115,8 +118,10 @@ std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, std::int64_
                     tokenizer->vocab_size(), vocab_size));
   }
   std::vector<std::shared_ptr<data::Source>> sources;
+  const auto cache =
+      std::make_shared<data::TokenCache>((fs::path(cache_folder(config)) / "tokens").string());
   for (const std::string& path : config.data.paths) {
-    sources.push_back(open_source(config.data, path, tokenizer));
+    sources.push_back(data::cached(open_source(config.data, path, tokenizer), cache));
   }
   std::vector<data::WeightedSource> weighted;
   if (config.data.weights.empty()) {  // by size: every document equally likely

@@ -59,8 +59,14 @@ void Trainer::save_pretrained(const std::string& folder) {
   impl_->guarded([&] { impl_->save_pretrained(folder); });
 }
 
+std::optional<StepMetrics> Trainer::advance() {
+  return impl_->guarded([&] { return impl_->advance(); });
+}
+
 void Trainer::run(const std::function<void(const StepMetrics&)>& on_step) {
-  impl_->guarded([&] { impl_->run(on_step); });
+  while (const std::optional<StepMetrics> metrics = advance()) {
+    if (on_step) impl_->guarded([&] { on_step(*metrics); });
+  }
 }
 
 void Trainer::Impl::agree(const char* where, const Failure& failure) {
@@ -158,33 +164,46 @@ bool Trainer::Impl::checkpoint_due() const {
   return save_due_ || (every > 0 && next_step_ % every == 0);
 }
 
-void Trainer::Impl::run(const std::function<void(const StepMetrics&)>& on_step) {
+void Trainer::Impl::begin_run() {
   prepare_folder();
   on_rank_0("train.records", [&] {
     records_ = std::make_unique<detail::RunRecords>(config_.run, next_step_);
     records_->config(config_.to_yaml());
   });
   saved_at_ = Clock::now();
-  stop_ = false;
-  bool trained = false;
-  while (next_step_ < config_.steps && !stop_) {
-    const StepMetrics metrics = step();
-    trained = true;
-    write_records(metrics);
-    if (on_step) on_step(metrics);
-    if (config_.evaluate_every > 0 && next_step_ % config_.evaluate_every == 0) {
-      const double loss = evaluate();
-      on_rank_0("train.records", [&] { records_->evaluation(metrics.step, loss); });
-    }
-    if (checkpoint_due()) {
-      save_checkpoint();
-      write_timeline();
-    }
-  }
-  if (trained && saved_step_ != next_step_) save_checkpoint();
+  trained_ = false;
+  running_ = true;
+}
+
+void Trainer::Impl::end_run() {
+  if (trained_ && saved_step_ != next_step_) save_checkpoint();
   write_timeline();
   if (!stop_) save_pretrained(config_.run + "/checkpoint");
   records_.reset();
+  running_ = false;
+  stop_ = false;
+  stop_generation_ = detail::stop_request_count();
+}
+
+std::optional<StepMetrics> Trainer::Impl::advance() {
+  if (!running_) begin_run();
+  if (next_step_ >= config_.steps || stop_) {
+    end_run();
+    return std::nullopt;
+  }
+  StepMetrics metrics = step();
+  trained_ = true;
+  write_records(metrics);
+  if (config_.evaluate_every > 0 && next_step_ % config_.evaluate_every == 0) {
+    const double loss = evaluate();
+    metrics.extra["evaluation_loss"] = loss;
+    on_rank_0("train.records", [&] { records_->evaluation(metrics.step, loss); });
+  }
+  if (checkpoint_due()) {
+    save_checkpoint();
+    write_timeline();
+  }
+  return metrics;
 }
 
 }  // namespace meshloom::train

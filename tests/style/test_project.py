@@ -29,7 +29,7 @@ def test_python_package_is_typed(root: pathlib.Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("script", ["examples/setup.sh", "tests/run.sh"])
+@pytest.mark.parametrize("script", ["examples/setup.sh", "examples/quickstart.sh", "tests/run.sh"])
 def test_shell_scripts_parse(root: pathlib.Path, script: str) -> None:
     result = subprocess.run(["bash", "-n", script], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -54,7 +54,8 @@ struct DataSection {
   std::int64_t vocab_size = 8192;       ///< of a tokenizer trained here
   std::int64_t max_document_tokens = 0;
   double held_out_fraction = 0.0;
-  std::string cache;  ///< folder; empty: <run>/cache
+  std::string invalid_utf8 = "error";  ///< a document that is not UTF-8: error, or skip (counted)
+  std::string cache;  ///< folder of tokenizer and tokenised documents; empty: <run>/cache
 };
 
 struct CheckpointSection {

@@ -89,10 +89,14 @@ class MESHLOOM_API Trainer {
   /// A folder that Hugging Face transformers opens, in compute dtype. Collective; rank 0 writes.
   void save_pretrained(const std::string& folder);
 
-  /// Steps until `finished`, with evaluation, checkpoints and run-folder records as configured;
-  /// `on_step` (may be empty) is called after each step on every rank. Ends early, with a
-  /// checkpoint, after `request_stop`. At the end <run>/checkpoint is the trained model as
-  /// `save_pretrained` writes it.
+  /// One step with the run folder's records, and evaluation and checkpoints where they are due.
+  /// nullopt once the run has ended: finished, or asked to stop. Then the last state is in a
+  /// checkpoint, and of a finished run <run>/checkpoint is the model as `save_pretrained` writes
+  /// it.
+  std::optional<StepMetrics> advance();
+
+  /// `advance` until the run has ended; `on_step` (may be empty) is called after each step on every
+  /// rank.
   void run(const std::function<void(const StepMetrics&)>& on_step = {});
 
   /// Async-signal-safe: every `run` of this process, on all ranks of its world, finishes the step

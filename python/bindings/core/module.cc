@@ -11,4 +11,7 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = meshloom::kVersion;
   module.attr("torch_version") = meshloom::kLibTorchVersion;
   meshloom::bindings::bind_comm(module);
+  meshloom::bindings::bind_model(module);
+  meshloom::bindings::bind_data(module);
+  meshloom::bindings::bind_train(module);
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from meshloom.cli import doctor, planning
+from meshloom.cli import doctor, gradients, planning, strategies, training
 
 app = typer.Typer(
     name="meshloom",
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (planning, doctor):
+for commands in (training, gradients, planning, strategies, doctor):
     commands.register(app)
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]

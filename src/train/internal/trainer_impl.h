@@ -41,7 +41,7 @@ class Trainer::Impl {
   double evaluate();
   void save_checkpoint();
   void save_pretrained(const std::string& folder);
-  void run(const std::function<void(const StepMetrics&)>& on_step);
+  std::optional<StepMetrics> advance();
 
   /// Runs `body`; a failure that the ranks did not agree on aborts the world with its reason.
   template <class Body>
@@ -99,6 +99,8 @@ class Trainer::Impl {
   void sum_over_ranks(at::Tensor& tensor);
 
   // A run.
+  void begin_run();
+  void end_run();
   void write_records(const StepMetrics& metrics);
   void write_timeline();
   /// The body on rank 0; its failure is everybody's.
@@ -125,6 +127,8 @@ class Trainer::Impl {
   std::deque<detail::StepTrace> traces_;
   bool agreed_ = false;
   bool folder_ready_ = false;
+  bool running_ = false;  ///< between the first `advance` and the one that ended the run
+  bool trained_ = false;  ///< some step since `begin_run`
   int stop_generation_ = 0;
   bool stop_ = false;      ///< agreed: some rank was asked to stop
   bool save_due_ = false;  ///< agreed: rank 0's clock says so
