@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
+from typing import IO
 
 from meshloom._errors import InvalidArgument, NotSupported
 
 # Variables by which a started process knows its place; any one suffices.
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+
+# mpirun's stderr stays open while a rank that outlives it holds it.
+_DRAIN_SECONDS = 5.0
 
 WIDTH_VARIABLE = "MESHLOOM_TERMINAL_WIDTH"
 """Columns of the terminal behind the pipe that a launcher hands its ranks as stdout."""
@@ -31,11 +37,19 @@ def launcher(environment: Mapping[str, str] | None = None) -> str | None:
     return None
 
 
+def rank_of_launcher(environment: Mapping[str, str] | None = None) -> str | None:
+    """This process's rank as its launcher's variables say, None without a launcher."""
+    variables = os.environ if environment is None else environment
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "RANK")
+    if launcher(variables) is None:
+        return None
+    return next((variables[name] for name in names if name in variables), None)
+
+
 def mpirun_command(ranks: int, command: Sequence[str]) -> list[str]:
     """The command that starts `ranks` processes of `command` on this host.
 
-    Open MPI ends the surviving ranks a second after one dies unless --enable-recovery is given:
-    then they can report who died and write what they know. More ranks than cores must work, so
+    When a rank dies, Open MPI names it and ends the others. More ranks than cores must work, so
     ranks are not bound to cores and yield while they wait.
     """
     mpirun = shutil.which("mpirun")
@@ -47,8 +61,7 @@ def mpirun_command(ranks: int, command: Sequence[str]) -> list[str]:
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
     options = []
     if "Open MPI" in version.stdout or "OpenRTE" in version.stdout:
-        options = ["--enable-recovery", "--oversubscribe", "--bind-to", "none",
-                   "--mca", "mpi_yield_when_idle", "1"]
+        options = ["--oversubscribe", "--bind-to", "none", "--mca", "mpi_yield_when_idle", "1"]
         if os.geteuid() == 0:
             options.append("--allow-run-as-root")
     return [mpirun, *options, "-n", str(ranks), *command]
@@ -58,6 +71,52 @@ def _end_with_parent() -> None:
     """Linux: this process gets SIGTERM when its parent dies, however it dies."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class ErrorFilter:
+    """What ranks and mpirun write to stderr, each error once.
+
+    Ranks agree on errors, so one line arrives from each; after it, mpirun's remark that a process
+    returned a non-zero exit code says nothing new. What mpirun says of a rank that a signal ended is
+    kept.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._block: list[str] | None = None  # of mpirun, between two lines of dashes
+
+    def take(self, line: str) -> list[str]:
+        """Lines to show now that `line` (without its end) has come."""
+        if re.fullmatch(r"-{40,}", line):
+            block, self._block = self._block, [] if self._block is None else None
+            return [] if block is None else self._close(block)
+        if self._block is not None:
+            self._block.append(line)
+            return []
+        if line.startswith("error: "):
+            text = re.sub(r"^error: (rank \d+: )?", "", line)
+            if text in self._seen:
+                return []
+            self._seen.add(text)
+            return [f"error: {text}"]
+        return [line]
+
+    def rest(self) -> list[str]:
+        """Lines of a block that never ended."""
+        block, self._block = self._block, None
+        return block or []
+
+    def _close(self, block: list[str]) -> list[str]:
+        text = " ".join(" ".join(block).split())
+        if "exited on signal" not in text:
+            return [] if self._seen or not text else block
+        return [f"error: {text}"]
+
+
+def _copy_lines(stream: IO[str], errors: ErrorFilter) -> None:
+    for line in stream:
+        for shown in errors.take(line.rstrip("\r\n")):
+            print(shown, file=sys.stderr, flush=True)
 
 
 def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
@@ -77,9 +136,13 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
     # Waiting threads of one rank must not spin on the core that another rank computes on.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
-        preexec_fn=_end_with_parent,
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True, preexec_fn=_end_with_parent,
     )
+    errors = ErrorFilter()
+    assert process.stderr is not None
+    reader = threading.Thread(target=_copy_lines, args=(process.stderr, errors), daemon=True)
+    reader.start()
     asked = False
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -96,6 +159,9 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
     }
     try:
         code = process.wait()
+        reader.join(timeout=_DRAIN_SECONDS)
+        for line in errors.rest():
+            print(line, file=sys.stderr, flush=True)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

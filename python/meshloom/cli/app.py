@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from meshloom import launch
 from meshloom.cli import doctor, gradients, planning, strategies, training
 
 app = typer.Typer(
@@ -85,6 +86,8 @@ def run(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_error_line(error)}", file=sys.stderr)
+        rank = launch.rank_of_launcher()
+        who = f"rank {rank}: " if rank is not None else ""
+        print(f"error: {who}{_error_line(error)}", file=sys.stderr)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

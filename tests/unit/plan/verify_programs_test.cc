@@ -14,7 +14,7 @@ using testing::all_text;
 using testing::expect_violation;
 using testing::hand_made_plan;
 
-std::vector<Violation> after(const std::function<void(std::vector<Program>&)>& change) {
+std::vector<Violation> programs_after(const std::function<void(std::vector<Program>&)>& change) {
   const StepPlan plan = hand_made_plan();
   auto programs = compile(plan, {.layers = 2});
   change(programs);
@@ -26,66 +26,69 @@ void erase(Program& program, std::size_t index) {
 }
 
 TEST(VerifyPrograms, CompiledProgramsAreValid) {
-  EXPECT_EQ(all_text(after([](auto&) {})), "");
+  EXPECT_EQ(all_text(programs_after([](auto&) {})), "");
   const StepPlan plan = hand_made_plan();
   EXPECT_NO_THROW(verify(plan, compile(plan, {})));
 }
 
 TEST(VerifyPrograms, SkippedOrRepeatedWorkIsNamed) {
-  expect_violation(after([](auto& p) { erase(p[3], 2); }), "conservation",
+  expect_violation(programs_after([](auto& p) { erase(p[3], 2); }), "conservation",
                    {"rank 3", "slot 0", "unit 0", "backward happens 0 times"});
-  expect_violation(after([](auto& p) {
+  expect_violation(programs_after([](auto& p) {
                      p[3].instructions.insert(p[3].instructions.begin() + 1, p[3].instructions[1]);
                    }),
                    "conservation", {"rank 3", "forward happens 2 times"});
-  expect_violation(after([](auto& p) { erase(p[3], 0); }), "order", {"rank 3", "before its load"});
-  expect_violation(after([](auto& p) { std::swap(p[3].instructions[1], p[3].instructions[2]); }),
-                   "order", {"rank 3", "backward", "before its forward"});
-  expect_violation(after([](auto& p) { p[3].instructions[1].unit = 1; }), "conservation",
+  expect_violation(programs_after([](auto& p) { erase(p[3], 0); }), "order",
+                   {"rank 3", "before its load"});
+  expect_violation(
+      programs_after([](auto& p) { std::swap(p[3].instructions[1], p[3].instructions[2]); }),
+      "order", {"rank 3", "backward", "before its forward"});
+  expect_violation(programs_after([](auto& p) { p[3].instructions[1].unit = 1; }), "conservation",
                    {"rank 3", "by the plan the rank is in unit 0"});
-  expect_violation(after([](auto& p) { p[3].instructions[1].slot = 1; }), "conservation",
+  expect_violation(programs_after([](auto& p) { p[3].instructions[1].slot = 1; }), "conservation",
                    {"rank 3", "has no part in the slot"});
-  expect_violation(after([](auto& p) { p[3].instructions[1].slot = 77; }), "conservation",
+  expect_violation(programs_after([](auto& p) { p[3].instructions[1].slot = 77; }), "conservation",
                    {"rank 3", "slot 77"});
 }
 
 TEST(VerifyPrograms, StepWithoutReduceIsNamed) {
-  expect_violation(after([](auto& p) { erase(p[2], p[2].instructions.size() - 2); }),
+  expect_violation(programs_after([](auto& p) { erase(p[2], p[2].instructions.size() - 2); }),
                    "conservation", {"rank 2 reduces 0 times"});
-  expect_violation(
-      after([](auto& p) { std::swap(p[2].instructions.end()[-1], p[2].instructions.end()[-2]); }),
-      "order", {"rank 2", "before the reduce"});
-  expect_violation(after([](auto& p) { p[2].instructions.pop_back(); }), "conservation",
+  expect_violation(programs_after([](auto& p) {
+                     std::swap(p[2].instructions.end()[-1], p[2].instructions.end()[-2]);
+                   }),
+                   "order", {"rank 2", "before the reduce"});
+  expect_violation(programs_after([](auto& p) { p[2].instructions.pop_back(); }), "conservation",
                    {"rank 2 steps 0 times"});
-  expect_violation(after([](auto& p) { p[2].instructions.end()[-2].rendezvous.clear(); }),
+  expect_violation(programs_after([](auto& p) { p[2].instructions.end()[-2].rendezvous.clear(); }),
                    "rendezvous", {"rank 2", "all 4 HDP ranks"});
 }
 
 TEST(VerifyPrograms, RendezvousThatSomebodyMissesIsNamed) {
-  expect_violation(after([](auto& p) { p[3].instructions[2].rendezvous.clear(); }), "rendezvous",
-                   {"[2, 0, 3]", "rank 3 never comes"});
-  expect_violation(after([](auto& p) { p[3].instructions[1].rendezvous[0].count = 1; }),
+  expect_violation(programs_after([](auto& p) { p[3].instructions[2].rendezvous.clear(); }),
+                   "rendezvous", {"[2, 0, 3]", "rank 3 never comes"});
+  expect_violation(programs_after([](auto& p) { p[3].instructions[1].rendezvous[0].count = 1; }),
                    "rendezvous", {"rank 3", "2 times against 1"});
-  expect_violation(after([](auto& p) {
+  expect_violation(programs_after([](auto& p) {
                      p[3].instructions[1].rendezvous[0].ranks = RankList{0, 2, 3};
                    }),
                    "rendezvous", {"rank 3", "another order"});
   expect_violation(
-      after([](auto& p) {
+      programs_after([](auto& p) {
         p[1].instructions[1].rendezvous = {{RendezvousKind::kExchange, RankList{0, 2}, 1}};
       }),
       "rendezvous", {"rank 1", "leave this rank out"});
   expect_violation(
-      after([](auto& p) {
+      programs_after([](auto& p) {
         p[1].instructions[1].rendezvous = {{RendezvousKind::kTensor, RankList{1, 44}, 1}};
       }),
       "rendezvous", {"rank 1", "[1, 44]", "0 .. 3"});
 }
 
 TEST(VerifyPrograms, HeadersMustAgree) {
-  expect_violation(after([](auto& p) { p.pop_back(); }), "programs", {"3 programs"});
-  expect_violation(after([](auto& p) { p[1].rank = 2; }), "programs", {"programs[1]"});
-  expect_violation(after([](auto& p) { p[1].step = 8; }), "programs", {"step 8"});
+  expect_violation(programs_after([](auto& p) { p.pop_back(); }), "programs", {"3 programs"});
+  expect_violation(programs_after([](auto& p) { p[1].rank = 2; }), "programs", {"programs[1]"});
+  expect_violation(programs_after([](auto& p) { p[1].step = 8; }), "programs", {"step 8"});
 }
 
 TEST(VerifyPrograms, LockstepGroupMustMeet) {
@@ -269,9 +272,10 @@ TEST(VerifyPrograms, TransferBeforeItsCauseIsACycle) {
 }
 
 TEST(VerifyPrograms, DeferredWeightGradientMustFollow) {
-  expect_violation(after([](auto& p) { p[3].instructions[2].defer_weight_gradient = true; }),
-                   "conservation", {"rank 3", "weight_gradient happens 0 times"});
-  EXPECT_EQ(all_text(after([](auto& p) {
+  expect_violation(
+      programs_after([](auto& p) { p[3].instructions[2].defer_weight_gradient = true; }),
+      "conservation", {"rank 3", "weight_gradient happens 0 times"});
+  EXPECT_EQ(all_text(programs_after([](auto& p) {
               p[3].instructions[2].defer_weight_gradient = true;
               p[3].instructions.insert(
                   p[3].instructions.begin() + 3,
