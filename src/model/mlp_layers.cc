@@ -30,23 +30,6 @@ std::vector<std::int64_t> expert_rows_vector(const at::Tensor& rows) {
   return {data, data + rows.numel()};
 }
 
-struct WeightedSwiglu {
-  ops::SwigluGradients gradients;
-  at::Tensor weights;  ///< [R]: gradient of the row weights
-};
-
-/// Backward of rows that are scaled by `weights` after the down projection. @param dout [R, I]: the
-/// gradient of the activation before the scaling.
-WeightedSwiglu weighted_swiglu_backward(const at::Tensor& dout, const at::Tensor& gate_up,
-                                        const at::Tensor& weights) {
-  WeightedSwiglu result{ops::swiglu_backward(dout, gate_up), {}};
-  result.weights = (dout * result.gradients.activation).sum(-1, false, weights.scalar_type());
-  const at::Tensor scale = weights.unsqueeze(1).to(dout.scalar_type());
-  result.gradients.activation.mul_(scale);
-  result.gradients.gate_up.mul_(scale);
-  return result;
-}
-
 }  // namespace
 
 DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer) {
@@ -80,19 +63,21 @@ at::Tensor DenseLayer::forward(Pass& pass, const at::Tensor& x) const {
 at::Tensor DenseLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
   const StageContext& context = pass.context;
   WeightGradSink& sink = *context.gradients;
-  ops::SwigluGradients gradients;
+  at::Tensor gate_up = pass.restore(Activation::kMlp);  // becomes its gradient
   {
-    const at::Tensor gate_up = pass.restore(Activation::kMlp);
-    const HeldWeight weight(context.parameters, down_.weight);
-    gradients = ops::swiglu_backward(context.linear.row_backward(dy, *weight), gate_up);
+    at::Tensor activation;
+    {
+      const HeldWeight weight(context.parameters, down_.weight);
+      activation = context.linear.row_backward(dy, *weight);
+    }
+    ops::swiglu_backward_(activation, gate_up);
+    sink.linear(down_.weight, dy, activation);
   }
-  sink.linear(down_.weight, dy, gradients.activation);
-  gradients.activation.reset();
   if (down_.bias) sink.add(down_.bias, ops::column_sum(dy));
-  sink.linear(gate_up_.weight, gradients.gate_up, x);
-  if (gate_up_.bias) sink.add(gate_up_.bias, ops::column_sum(gradients.gate_up));
+  sink.linear(gate_up_.weight, gate_up, x);
+  if (gate_up_.bias) sink.add(gate_up_.bias, ops::column_sum(gate_up));
   const HeldWeight weight(context.parameters, gate_up_.weight);
-  return context.linear.column_backward(gradients.gate_up, *weight);
+  return context.linear.column_backward(gate_up, *weight);
 }
 
 MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
@@ -172,31 +157,31 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
 
   CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
-  WeightedSwiglu through;
+  at::Tensor gate_up = pass.restore(Activation::kMlp);  // becomes its gradient
+  at::Tensor dweights;
   {
-    const at::Tensor gate_up = pass.restore(Activation::kMlp);
-    const HeldWeight weight(context.parameters, down_);
-    through =
-        weighted_swiglu_backward(ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows),
-                                 gate_up, combined.weights);
+    at::Tensor activation;
+    {
+      const HeldWeight weight(context.parameters, down_);
+      activation = ops::grouped_matmul_nn(combined.rows, *weight, tokens.expert_rows);
+    }
+    dweights = ops::swiglu_backward_(activation, gate_up, combined.weights);
+    sink.grouped_linear(down_, combined.rows, activation, tokens.expert_rows);
   }
-  ops::SwigluGradients& gradients = through.gradients;
-  sink.grouped_linear(down_, combined.rows, gradients.activation, tokens.expert_rows);
   combined = {};
-  gradients.activation.reset();
   if (!tokens.rows.defined()) {
     tokens.rows = context.dispatcher.rows_again(x, tokens, router_options_.top_k);
   }
-  sink.grouped_linear(gate_up_, gradients.gate_up, tokens.rows, tokens.expert_rows);
+  sink.grouped_linear(gate_up_, gate_up, tokens.rows, tokens.expert_rows);
   tokens.rows.reset();
   at::Tensor drows;
   {
     const HeldWeight weight(context.parameters, gate_up_);
-    drows = ops::grouped_matmul_nn(gradients.gate_up, *weight, tokens.expert_rows);
+    drows = ops::grouped_matmul_nn(gate_up, *weight, tokens.expert_rows);
   }
-  gradients = {};
+  gate_up.reset();
   DispatchGradients dispatched = context.dispatcher.dispatch_backward(
-      drows, through.weights, tokens, x.size(0), router_options_.top_k);
+      drows, dweights, tokens, x.size(0), router_options_.top_k);
   drows.reset();
   const at::Tensor dlogits = ops::route_backward(dispatched.weights, routed, router_options_,
                                                  balance, balance_groups(context.batch, balance),

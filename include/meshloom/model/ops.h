@@ -7,7 +7,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "meshloom/core/export.h"
@@ -138,13 +137,14 @@ struct QkNormGradients {
 /// silu(gate) * up. @param gate_up [T, 2 I], gate first @returns [T, I].
 [[nodiscard]] MESHLOOM_API at::Tensor swiglu(const at::Tensor& gate_up);
 
-struct SwigluGradients {
-  at::Tensor gate_up;     ///< [T, 2 I]
-  at::Tensor activation;  ///< [T, I], swiglu(gate_up) again: the weight gradient after it wants it
-};
-/// @param dy [T, I].
-[[nodiscard]] MESHLOOM_API SwigluGradients swiglu_backward(const at::Tensor& dy,
-                                                           const at::Tensor& gate_up);
+/// In place: gate_up becomes its own gradient, and dy becomes swiglu(gate_up), which the weight
+/// gradient of the projection after it wants. Saves two of the largest buffers of a layer.
+/// @param dy [T, I]: the gradient of swiglu's result @param gate_up [T, 2 I]
+/// @param weights  [T] in stat, or undefined: rows were scaled by them after the projection. dy is
+///   then the gradient before the scaling, and both results come out scaled.
+/// @returns gradient of weights, [T]; undefined without them.
+MESHLOOM_API at::Tensor swiglu_backward_(at::Tensor& dy, at::Tensor& gate_up,
+                                         const at::Tensor& weights = {});
 
 // ---- Router ------------------------------------------------------------------------------------
 
@@ -201,10 +201,6 @@ struct ExpertOrder {
 /// @param y [R, H] @param weights [T, k] (y's type or stat) @returns [T, H].
 [[nodiscard]] MESHLOOM_API at::Tensor combine_rows(const at::Tensor& y, const at::Tensor& source,
                                                    const at::Tensor& weights);
-/// @returns dy [R, H] and dweights [T, k] (type of weights).
-[[nodiscard]] MESHLOOM_API std::pair<at::Tensor, at::Tensor> combine_rows_backward(
-    const at::Tensor& dout, const at::Tensor& y, const at::Tensor& source,
-    const at::Tensor& weights);
 
 // ---- Embedding ---------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #include "model/kernels/checks.h"
 #include "model/kernels/composite.h"
 #include "model/kernels/cpu_level.h"
+#include "model/kernels/dispatch.h"
 
 namespace meshloom::model {
 namespace {
@@ -82,6 +83,30 @@ at::Tensor attention_delta(const at::Tensor& dout, const at::Tensor& out) {
   kernels::check_shape(out, {-1, -1, -1}, "model.attention_delta", "out");
   kernels::check_shape(dout, {out.size(0), out.size(1), out.size(2)}, "model.attention_delta",
                        "dout");
+  if (kernels::served(out, dout) && out.stride(2) == 1 && dout.stride(2) == 1) {
+    at::Tensor delta = at::empty({out.size(1), out.size(0)}, out.options());
+    kernels::with_type(out.scalar_type(), [&](auto number) {
+      using T = decltype(number);
+      const std::int64_t width = out.size(1) * out.size(2);
+      kernels::for_rows(out.size(0), kernels::row_grain(width),
+                        [&](std::int64_t begin, std::int64_t end) {
+                          kernels::DeltaTask<T> task{};
+                          task.dout = dout.const_data_ptr<T>() + begin * dout.stride(0);
+                          task.out = out.const_data_ptr<T>() + begin * out.stride(0);
+                          task.delta = delta.mutable_data_ptr<T>() + begin;
+                          task.dout_row = dout.stride(0);
+                          task.dout_head = dout.stride(1);
+                          task.out_row = out.stride(0);
+                          task.out_head = out.stride(1);
+                          task.delta_head = delta.stride(0);
+                          task.tokens = end - begin;
+                          task.heads = out.size(1);
+                          task.head_dim = out.size(2);
+                          kernels::table<T>().attention_delta(task);
+                        });
+    });
+    return delta;
+  }
   const at::ScalarType stat = ops::composite::stat_type(out);
   return (dout.to(stat) * out.to(stat)).sum({2}).t().contiguous();
 }

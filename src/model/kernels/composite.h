@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <span>
-#include <utility>
 
 #include "meshloom/model/attention_kernel.h"
 #include "meshloom/model/ops.h"
@@ -43,7 +42,7 @@ QkNormGradients qk_norm_rope_backward(const at::Tensor& dq, const at::Tensor& dk
                                       double eps, const RopeTables& tables);
 
 at::Tensor swiglu(const at::Tensor& gate_up);
-SwigluGradients swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up);
+at::Tensor swiglu_backward_(at::Tensor& dy, at::Tensor& gate_up, const at::Tensor& weights);
 
 RouterOutput route(const at::Tensor& logits, const RouterOptions& options);
 at::Tensor route_backward(const at::Tensor& dweights, const RouterOutput& forward,
@@ -56,9 +55,6 @@ at::Tensor gather_rows(const at::Tensor& x, const at::Tensor& source, std::int64
 at::Tensor gather_rows_backward(const at::Tensor& drows, const at::Tensor& source,
                                 std::int64_t tokens, std::int64_t k);
 at::Tensor combine_rows(const at::Tensor& y, const at::Tensor& source, const at::Tensor& weights);
-std::pair<at::Tensor, at::Tensor> combine_rows_backward(const at::Tensor& dout, const at::Tensor& y,
-                                                        const at::Tensor& source,
-                                                        const at::Tensor& weights);
 
 void embedding_backward_(at::Tensor& grad, const at::Tensor& ids, const at::Tensor& dy);
 

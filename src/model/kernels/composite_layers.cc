@@ -142,7 +142,7 @@ at::Tensor swiglu(const at::Tensor& gate_up) {
   return (gate * at::sigmoid(gate)).to(gate_up.scalar_type()) * gate_up.slice(1, inner);
 }
 
-SwigluGradients swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up) {
+at::Tensor swiglu_backward_(at::Tensor& dy, at::Tensor& gate_up, const at::Tensor& weights) {
   const at::ScalarType stat = stat_type(gate_up);
   const std::int64_t inner = gate_up.size(1) / 2;
   const at::Tensor gate = gate_up.slice(1, 0, inner).to(stat);
@@ -150,9 +150,19 @@ SwigluGradients swiglu_backward(const at::Tensor& dy, const at::Tensor& gate_up)
   const at::Tensor sigmoid = at::sigmoid(gate);
   const at::Tensor silu = gate * sigmoid;
   const at::Tensor wide = dy.to(stat);
-  const at::Tensor dgate = wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
-  return {at::cat({dgate, wide * silu}, 1).to(gate_up.scalar_type()),
-          (silu * up).to(gate_up.scalar_type())};
+  at::Tensor activation = silu * up;
+  at::Tensor gradient =
+      at::cat({wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), wide * silu}, 1);
+  at::Tensor dweights;
+  if (weights.defined()) {
+    dweights = (wide * activation).sum(-1, false, weights.scalar_type());
+    const at::Tensor scale = weights.unsqueeze(1).to(stat);
+    activation.mul_(scale);
+    gradient.mul_(scale);
+  }
+  gate_up.copy_(gradient);
+  dy.copy_(activation);
+  return dweights;
 }
 
 }  // namespace meshloom::model::ops::composite

@@ -117,17 +117,6 @@ at::Tensor combine_rows(const at::Tensor& y, const at::Tensor& source, const at:
   return (pairs.to(stat_type(y)) * weights.unsqueeze(2)).sum({1}).to(y.scalar_type());
 }
 
-std::pair<at::Tensor, at::Tensor> combine_rows_backward(const at::Tensor& dout, const at::Tensor& y,
-                                                        const at::Tensor& source,
-                                                        const at::Tensor& weights) {
-  const at::ScalarType stat = stat_type(y);
-  const at::Tensor drows = dout.index_select(0, source.div(weights.size(1), "floor")).to(stat);
-  const at::Tensor row_weights = weights.reshape({-1}).index_select(0, source).to(stat);
-  at::Tensor dweights = at::zeros({weights.numel()}, weights.options());
-  dweights.index_copy_(0, source, (drows * y.to(stat)).sum({1}).to(weights.scalar_type()));
-  return {(drows * row_weights.unsqueeze(1)).to(y.scalar_type()), dweights.view_as(weights)};
-}
-
 void embedding_backward_(at::Tensor& grad, const at::Tensor& ids, const at::Tensor& dy) {
   grad.index_add_(0, ids, dy.to(grad.scalar_type()));
 }

@@ -18,4 +18,11 @@ enum class CpuLevel : std::uint8_t { kComposite, kBaseline, kAvx2, kAvx512 };
          active_level() != CpuLevel::kComposite;
 }
 
+/// Whether kernels of ours serve all of them together: one type, `first` served.
+template <class... Tensors>
+[[nodiscard]] bool served(const at::Tensor& first, const Tensors&... others) {
+  return served(first) &&
+         ((others.device().is_cpu() && others.scalar_type() == first.scalar_type()) && ...);
+}
+
 }  // namespace meshloom::model::kernels

@@ -5,12 +5,16 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "meshloom/model/batch.h"
 #include "meshloom/model/ops.h"
 #include "model/kernels/checks.h"
 #include "model/kernels/composite.h"
+#include "model/kernels/dispatch.h"
+#include "model/kernels/product_driver.h"
 
 namespace meshloom::model::ops {
 namespace {
@@ -18,8 +22,35 @@ namespace {
 constexpr std::int64_t kChunkBytes = std::int64_t{16} << 20;  // of logits
 constexpr std::int64_t kMinimumRows = 64;
 
+/// Loss of one chunk, whose logits become their gradients.
 double chunk_loss_(at::Tensor& logits, const at::Tensor& labels, double scale) {
+  if (kernels::served(logits)) {
+    const at::Tensor targets = labels.contiguous();
+    std::vector<double> losses(static_cast<std::size_t>(logits.size(0)));
+    kernels::with_type(logits.scalar_type(), [&](auto number) {
+      using T = decltype(number);
+      kernels::for_rows(logits.size(0), kernels::row_grain(4 * logits.size(1)),
+                        [&](std::int64_t begin, std::int64_t end) {
+                          kernels::CrossEntropyTask<T> task{};
+                          task.logits = logits.mutable_data_ptr<T>() + begin * logits.stride(0);
+                          task.labels = targets.const_data_ptr<std::int64_t>() + begin;
+                          task.losses = losses.data() + begin;
+                          task.logits_row = logits.stride(0);
+                          task.rows = end - begin;
+                          task.vocabulary = logits.size(1);
+                          task.scale = scale;
+                          kernels::table<T>().cross_entropy(task);
+                        });
+    });
+    return std::accumulate(losses.begin(), losses.end(), 0.0);
+  }
   return composite::cross_entropy_rows_(logits, labels, scale);
+}
+
+/// out = a b.
+void product_into(at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  if (kernels::product_served(out, a, b)) return kernels::product_(out, a, b, false);
+  at::mm_out(out, a, b);
 }
 
 CrossEntropyOutput run(const char* where, const at::Tensor& hidden, const at::Tensor& weight,
@@ -53,15 +84,17 @@ CrossEntropyOutput run(const char* where, const at::Tensor& hidden, const at::Te
     // A sink that kept the last chunk owns it now.
     if (!buffer.defined()) buffer = at::empty({chunk, weight.size(0)}, hidden.options());
     at::Tensor logits = buffer.narrow(0, 0, rows);
-    at::mm_out(logits, x, weight.t());
+    product_into(logits, x, weight.t());
     out.loss_sum +=
         chunk_loss_(logits, chosen.narrow(0, begin, rows), sink != nullptr ? loss_weight : 0.0);
     if (sink == nullptr) continue;
     if (all) {
       at::Tensor dx = out.dhidden.narrow(0, begin, rows);
-      at::mm_out(dx, logits, weight);
+      product_into(dx, logits, weight);
     } else {
-      out.dhidden.index_copy_(0, index, at::mm(logits, weight));
+      at::Tensor dx = at::empty({rows, weight.size(1)}, hidden.options());
+      product_into(dx, logits, weight);
+      out.dhidden.index_copy_(0, index, dx);
     }
     (*sink)(logits, x);
     logits.reset();

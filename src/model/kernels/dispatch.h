@@ -53,6 +53,12 @@ void for_rows(std::int64_t count, std::int64_t grain, const Body& body) {
   at::parallel_for(0, count, std::max<std::int64_t>(grain, 1), body);
 }
 
+/// Rows of `size` numbers that are worth a thread.
+inline std::int64_t row_grain(std::int64_t size) {
+  constexpr std::int64_t kGrain = 32768;
+  return kGrain / std::max<std::int64_t>(size, 1);
+}
+
 /// Calls body(task, scratch) for every task; threads take the next one when they are done, so tasks
 /// must be independent. Heavy tasks go first.
 template <class T, class Body>
@@ -73,5 +79,32 @@ void for_tasks(std::int64_t count, std::int64_t scratch_elements, const Body& bo
 /// Rows of reductions over tokens are summed in blocks of this size, then the blocks in order: the
 /// same sum on any number of threads.
 inline constexpr std::int64_t kReductionRows = 256;
+
+/// Sums over rows: calls body(begin, end, partial) for blocks of rows, each with zeros [width] to
+/// add to. @returns the sum of all partials, [width].
+template <class T, class Body>
+at::Tensor reduce_rows(std::int64_t rows, std::int64_t width, const Body& body) {
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
+  const std::int64_t blocks =
+      std::max<std::int64_t>((rows + kReductionRows - 1) / kReductionRows, 1);
+  const at::Tensor partials = at::empty({blocks, width}, options);
+  T* const data = partials.mutable_data_ptr<T>();
+  std::fill_n(data, width, T{0});
+  for_rows((rows + kReductionRows - 1) / kReductionRows, 1,
+           [&](std::int64_t first, std::int64_t last) {
+             for (std::int64_t block = first; block < last; ++block) {
+               T* const partial = data + block * width;
+               std::fill_n(partial, width, T{0});
+               body(block * kReductionRows, std::min((block + 1) * kReductionRows, rows), partial);
+             }
+           });
+  at::Tensor total = at::empty({width}, options);
+  T* const to = total.mutable_data_ptr<T>();
+  std::copy_n(data, width, to);
+  for (std::int64_t block = 1; block < blocks; ++block) {
+    table<T>().add(to, data + block * width, width);
+  }
+  return total;
+}
 
 }  // namespace meshloom::model::kernels

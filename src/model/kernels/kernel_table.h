@@ -52,6 +52,120 @@ struct AttentionBackwardTask {
   double scale;
 };
 
+/// RMS norm of rows, or of the sum with a residual. Rows are `size` numbers, `rows` of them.
+template <class T>
+struct NormTask {
+  const T* x;
+  const T* residual;  ///< or null
+  T* sum;             ///< x + residual goes here, may be x; null without a residual
+  const T* weight;    ///< [size]
+  T* y;               ///< contiguous
+  T* rstd;            ///< [rows]
+  std::int64_t x_row, residual_row, rows, size;
+  double eps;
+};
+
+template <class T>
+struct NormBackwardTask {
+  T* dx;  ///< added to
+  const T* dy;
+  const T* x;
+  const T* weight;
+  const T* rstd;  ///< [rows]
+  T* dweight;     ///< [size], added to
+  std::int64_t dx_row, dy_row, x_row, rows, size;
+};
+
+/// Heads of some tokens: head h of token t is at pointer + t * row + h * head. Forward norms (where
+/// there is a weight) and rotates; backward rotates back and goes through the norm.
+template <class T>
+struct HeadsTask {
+  const T* from;
+  T* to;            ///< may be `from` where there is no norm
+  const T* x;       ///< backward through a norm: what forward had as `from`
+  const T* weight;  ///< [head_dim], or null: no norm
+  T* dweight;       ///< [head_dim], added to by a backward through a norm
+  const T* cos;     ///< [tokens, half], contiguous
+  const T* sin;
+  std::int64_t from_row, from_head, to_row, to_head, x_row, x_head;
+  std::int64_t tokens, heads, head_dim, half;
+  double eps;
+};
+
+/// silu(gate) * up of rows of 2 * size numbers.
+template <class T>
+struct SwigluTask {
+  const T* gate_up;
+  T* out;  ///< contiguous
+  std::int64_t gate_up_row, rows, size;
+};
+
+/// In place: gate_up becomes its gradient, dy the activation.
+template <class T>
+struct SwigluBackwardTask {
+  T* dy;
+  T* gate_up;
+  const T* weights;  ///< [rows] that scale the activation, or null
+  T* dweights;       ///< [rows], where there are weights
+  std::int64_t dy_row, gate_up_row, rows, size;
+};
+
+/// Scores of rows of `experts` logits and the best k. Outputs are contiguous.
+template <class T>
+struct RouteTask {
+  const T* logits;
+  T* probabilities;
+  T* weights;
+  std::int64_t* chosen;
+  T* lse;
+  std::int64_t logits_row, rows, experts, k;
+  bool normalize, softmax;
+};
+
+/// One row of `extra` (or null) is added to the gradient of every probability row.
+template <class T>
+struct RouteBackwardTask {
+  const T* dweights;
+  const T* probabilities;
+  const T* weights;
+  const std::int64_t* chosen;
+  const T* lse;
+  const T* extra;
+  T* dlogits;
+  std::int64_t dweights_row, rows, experts, k;
+  double z_weight;
+  bool normalize, softmax;
+};
+
+/// out[t] = sum over j < k of (weights[t, j] *) from[row[t * k + j]]; negative rows count as zero.
+template <class T>
+struct CombineTask {
+  const T* from;
+  const std::int64_t* row;
+  const T* weights;  ///< or null: ones
+  T* out;            ///< contiguous
+  std::int64_t from_row, weights_row, tokens, k, size;
+};
+
+/// Cross-entropy of rows of logits; with a scale they become scale * (softmax - one-hot).
+template <class T>
+struct CrossEntropyTask {
+  T* logits;
+  const std::int64_t* labels;
+  double* losses;  ///< [rows]
+  std::int64_t logits_row, rows, vocabulary;
+  double scale;
+};
+
+/// delta[h * delta_head + t] = dout . out of head h of token t.
+template <class T>
+struct DeltaTask {
+  const T* dout;
+  const T* out;
+  T* delta;
+  std::int64_t dout_row, dout_head, out_row, out_head, delta_head, tokens, heads, head_dim;
+};
+
 /// The vector kernels of one instruction set and one type. Each works on a range that the caller
 /// gives it, on one thread.
 template <class T>
@@ -69,6 +183,19 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForwardTask<T>& task, T* scratch);
   void (*attention_backward)(const AttentionBackwardTask<T>& task, T* scratch);
   std::int64_t (*attention_scratch)(std::int64_t head_dim);  ///< elements, for both
+  void (*attention_delta)(const DeltaTask<T>& task);
+
+  void (*norm)(const NormTask<T>& task);
+  void (*norm_backward)(const NormBackwardTask<T>& task);
+  void (*heads)(const HeadsTask<T>& task);
+  void (*heads_backward)(const HeadsTask<T>& task);
+  void (*swiglu)(const SwigluTask<T>& task);
+  void (*swiglu_backward)(const SwigluBackwardTask<T>& task);
+  void (*route)(const RouteTask<T>& task);
+  void (*route_backward)(const RouteBackwardTask<T>& task);
+  void (*combine)(const CombineTask<T>& task);
+  void (*cross_entropy)(const CrossEntropyTask<T>& task);
+  void (*add)(T* to, const T* from, std::int64_t count);  ///< to += from
 };
 
 namespace level_baseline {

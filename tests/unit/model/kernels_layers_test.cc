@@ -154,9 +154,21 @@ TEST(KernelSwiglu, ForwardAndBackwardMatchAutograd) {
           const at::Tensor y = gate * at::sigmoid(gate) * x.slice(1, inner);
           y.backward(dy.to(at::kDouble));
           EXPECT_TRUE(close(ops::swiglu(gate_up), y, tolerance(type)));
-          const ops::SwigluGradients back = ops::swiglu_backward(dy, gate_up);
-          EXPECT_TRUE(close(back.gate_up, x.grad(), tolerance(type)));
-          EXPECT_TRUE(close(back.activation, y, tolerance(type)));
+          at::Tensor activation = dy.clone();
+          at::Tensor gradient = gate_up.clone();
+          EXPECT_FALSE(ops::swiglu_backward_(activation, gradient).defined());
+          EXPECT_TRUE(close(gradient, x.grad(), tolerance(type)));
+          EXPECT_TRUE(close(activation, y, tolerance(type)));
+
+          // Rows that the projection's output scales: dy is the gradient before the scaling.
+          const at::Tensor weights = at::rand({tokens}, options);
+          const at::Tensor scale = weights.to(at::kDouble).unsqueeze(1);
+          activation = dy.clone();
+          gradient = gate_up.clone();
+          const at::Tensor dweights = ops::swiglu_backward_(activation, gradient, weights);
+          EXPECT_TRUE(close(gradient, x.grad() * scale, tolerance(type)));
+          EXPECT_TRUE(close(activation, y * scale, tolerance(type)));
+          EXPECT_TRUE(close(dweights, (y * dy).sum(-1), tolerance(type)));
         }
       }
     }

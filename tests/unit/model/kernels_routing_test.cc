@@ -108,17 +108,12 @@ TEST(KernelPermute, MovesRowsThereAndBack) {
           const at::Tensor part = source.div(k, "floor");
           const at::Tensor y = at::randn({source.numel(), hidden}, options);
           const at::Tensor weights = at::rand({tokens, k}, options);
-          const at::Tensor dout = at::randn({tokens, hidden}, options);
-          const at::Tensor yr = leaf(y);
-          const at::Tensor wr = leaf(weights);
-          const at::Tensor weighted = yr * wr.view({-1}).index_select(0, source).unsqueeze(1);
+          const at::Tensor weighted =
+              y.to(at::kDouble) *
+              weights.to(at::kDouble).view({-1}).index_select(0, source).unsqueeze(1);
           const at::Tensor out =
               at::zeros({tokens, hidden}, weighted.options()).index_add(0, part, weighted);
-          out.backward(dout.to(at::kDouble));
           EXPECT_TRUE(close(ops::combine_rows(y, source, weights), out, tolerance(type)));
-          const auto [dy, dweights] = ops::combine_rows_backward(dout, y, source, weights);
-          EXPECT_TRUE(close(dy, yr.grad(), tolerance(type)));
-          EXPECT_TRUE(close(dweights, wr.grad(), tolerance(type)));
           const at::Tensor back = ops::gather_rows_backward(y, source, tokens, k);
           EXPECT_TRUE(close(back, at::zeros({tokens, hidden}, options).index_add(0, part, y),
                             tolerance(type)));

@@ -8,6 +8,8 @@ namespace meshloom::model::kernels::MESHLOOM_SIMD_LEVEL {
 // Rows and vectors of a register tile: 6 x 4 of 32 registers, or 6 x 2 of 16.
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;
+// Tiles of a transposed A that are packed together: few enough to write them side by side.
+inline constexpr int kPackedTiles = 8;
 
 /// acc[i][j] += sum over k of a(i, k) * b(k, j): a(i, k) = a[i * a_row + k * a_col], row k of b at
 /// b + k * b_row.
@@ -81,18 +83,39 @@ void product_rows(const ProductTask<T>& task, std::int64_t rows, const T* a, std
   }
 }
 
+/// Copies kPackedTiles tiles of rows of a transposed A, so that a tile's column is contiguous.
+template <class T>
+void pack_a(const ProductTask<T>& task, const T* a, std::int64_t rows, T* packed) {
+  constexpr std::int64_t kAhead = 12;
+  for (std::int64_t k = 0; k < task.k; ++k) {
+    const T* from = a + k * task.a_col;
+    T* to = packed + k * kTileRows;
+    if (task.a_row == 1 && k + kAhead < task.k) {  // rows are too far apart for the hardware's own
+      for (std::int64_t i = 0; i < rows; i += 64 / static_cast<int>(sizeof(T))) {
+        __builtin_prefetch(from + kAhead * task.a_col + i);
+      }
+    }
+    for (std::int64_t i = 0; i < rows; i += kTileRows, to += task.k * kTileRows) {
+      if (task.a_row == 1 && rows - i >= kTileRows) {
+        __builtin_memcpy(to, from + i, kTileRows * sizeof(T));
+        continue;
+      }
+      for (std::int64_t r = i; r < i + kTileRows && r < rows; ++r) to[r - i] = from[r * task.a_row];
+    }
+  }
+}
+
 template <class T>
 void product(const ProductTask<T>& task, T* scratch) {
   constexpr int kPanel = kTileVectors * kLanes<T>;
+  const bool packs = task.a_col != 1;
   for (std::int64_t m = 0; m < task.m; m += kTileRows) {
     const std::int64_t rows = task.m - m < kTileRows ? task.m - m : kTileRows;
     const T* a = task.a + m * task.a_row;
-    if (task.a_col != 1) {
-      for (std::int64_t k = 0; k < task.k; ++k) {
-        const T* from = a + k * task.a_col;
-        for (std::int64_t i = 0; i < rows; ++i) scratch[k * kTileRows + i] = from[i * task.a_row];
-      }
-      a = scratch;
+    if (packs) {
+      constexpr std::int64_t kGroup = kPackedTiles * kTileRows;
+      if (m % kGroup == 0) pack_a(task, a, task.m - m < kGroup ? task.m - m : kGroup, scratch);
+      a = scratch + m % kGroup * task.k;
     }
     for (std::int64_t n = 0; n < task.n; n += kPanel) {
       const T* b = task.b + n * task.k;

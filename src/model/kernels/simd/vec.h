@@ -64,11 +64,51 @@ MESHLOOM_INLINE void store_part(T* p, Vec<T> x, std::int64_t n) {
   store(full, x);
   __builtin_memcpy(p, full, static_cast<std::size_t>(n) * sizeof(T));
 }
+
+/// How much of a vector a step of for_vectors is about.
+struct Whole {};
+struct Part {
+  std::int64_t count;
+};
+template <class T>
+MESHLOOM_INLINE Vec<T> load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+MESHLOOM_INLINE Vec<T> load(const T* p, Part part) {
+  return load_part(p, part.count);
+}
+template <class T>
+MESHLOOM_INLINE void store(T* p, Vec<T> x, Whole) {
+  store(p, x);
+}
+template <class T>
+MESHLOOM_INLINE void store(T* p, Vec<T> x, Part part) {
+  store_part(p, x, part.count);
+}
+/// Calls body(first, Whole or Part) for the vectors of `size` numbers, in order.
+template <class T, class Body>
+MESHLOOM_INLINE void for_vectors(std::int64_t size, const Body& body) {
+  std::int64_t j = 0;
+  for (; j + kLanes<T> <= size; j += kLanes<T>) body(j, Whole{});
+  if (j < size) body(j, Part{size - j});
+}
+
 template <class T>
 MESHLOOM_INLINE IntVec<T> lane_index() {
   IntVec<T> index{};
   for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
   return index;
+}
+
+/// Zeros where the vector is past the end of its row.
+template <class T>
+MESHLOOM_INLINE Vec<T> within(Vec<T> x, Whole) {
+  return x;
+}
+template <class T>
+MESHLOOM_INLINE Vec<T> within(Vec<T> x, Part part) {
+  return lane_index<T>() < static_cast<typename VecOf<T>::Int>(part.count) ? x : Vec<T>{};
 }
 
 /// The larger of each pair; b where one of them is NaN.
