@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from meshloom import _build_info
 from meshloom._build_info import VERSION
 from meshloom._errors import (
     CommError,
@@ -21,6 +20,52 @@ from meshloom._errors import (
     PlanError,
     Timeout,
 )
+
+if TYPE_CHECKING:
+    from meshloom import data as data
+    from meshloom import launch as launch
+    from meshloom import planning as planning
+    from meshloom import training as training
+    from meshloom._plan import (
+        BalanceStrategy as BalanceStrategy,
+        CostModel as CostModel,
+        Layout as Layout,
+        MemoryModel as MemoryModel,
+        PlanProblem as PlanProblem,
+        Program as Program,
+        SampleInfo as SampleInfo,
+        Slot as Slot,
+        StepPlan as StepPlan,
+        Unit as Unit,
+        check_plan as check_plan,
+        check_programs as check_programs,
+        compile as compile,
+        make_plan as make_plan,
+    )
+    from meshloom.planning import plan as plan
+    from meshloom.planning import register_strategy as register_strategy
+    from meshloom.planning import strategy_names as strategy_names
+    from meshloom.planning import verify as verify
+    from meshloom.training import (
+        AdamWOptions as AdamWOptions,
+        CheckpointSection as CheckpointSection,
+        Communicator as Communicator,
+        DataSection as DataSection,
+        GradientsOptions as GradientsOptions,
+        GradientsResult as GradientsResult,
+        GroupOptions as GroupOptions,
+        ModelConfig as ModelConfig,
+        ModelSection as ModelSection,
+        ParameterRule as ParameterRule,
+        ScheduleOptions as ScheduleOptions,
+        StepMetrics as StepMetrics,
+        TrainConfig as TrainConfig,
+        Trainer as Trainer,
+        gradients as gradients,
+        make_trainer as make_trainer,
+        make_world as make_world,
+        run_thread_ranks as run_thread_ranks,
+    )
 
 __version__: str = VERSION
 
@@ -92,7 +137,8 @@ def get_cmake_prefix_path() -> str:
         return str(package)
     # A package inside a build tree: the build tree is the CMake package. `_build_info` is the one
     # file that is no link to the sources there.
-    return str(pathlib.Path(_build_info.__file__).parents[2])
+    info = importlib.import_module("meshloom._build_info").__file__
+    return str(pathlib.Path(str(info)).parents[2])
 
 
 def get_include() -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from meshloom import _runtime
 from meshloom._errors import DataError, IoError, NotSupported
 
-_core = _runtime.core
+if TYPE_CHECKING:
+    from meshloom import _core
+else:
+    _core = _runtime.core
 
 Document = _core.Document
 DocumentRef = _core.DocumentRef
@@ -22,6 +25,9 @@ cached = _core.cached
 concatenate = _core.concatenate
 load_sentencepiece = _core.load_sentencepiece
 train_sentencepiece = _core.train_sentencepiece
+
+AnyTokenizer: TypeAlias = "Tokenizer | str | os.PathLike[str]"
+"""A tokenizer, or the path of one."""
 
 __all__ = [
     "Document",
@@ -47,11 +53,11 @@ def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> 
     return [os.fspath(path) for path in paths]
 
 
-def _tokenizer(tokenizer: Any) -> Any:
+def _tokenizer(tokenizer: AnyTokenizer) -> Tokenizer:
     return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer file: `tokenizer.json`, a SentencePiece model, or a folder that holds one.
 
     Raises IoError or DataError that names the file.
@@ -65,7 +71,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     return _load_json(name) if name.endswith(".json") else load_sentencepiece(name)
 
 
-def _load_json(path: str) -> Any:
+def _load_json(path: str) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
@@ -85,7 +91,7 @@ def _load_json(path: str) -> Any:
     inner.no_truncation()
     return _core.callback_tokenizer(
         lambda text: inner.encode(text, add_special_tokens=False).ids,
-        lambda ids: inner.decode(ids, skip_special_tokens=False),
+        lambda ids: inner.decode([int(i) for i in ids], skip_special_tokens=False),
         vocab_size=inner.get_vocab_size(),
         bos=_special(inner, ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]")),
         eos=_special(inner, ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[SEP]")),
@@ -103,7 +109,7 @@ def _special(inner: Any, names: Sequence[str]) -> int:
     return next((special[name] for name in names if name in special), -1)
 
 
-def documents(values: Iterable[Any], *, name: str = "documents", max_tokens: int = 1_000_000_000) -> Any:
+def documents(values: Iterable[Any], *, name: str = "documents", max_tokens: int = 1_000_000_000) -> Source:
     """Documents of any Python iterable.
 
     Each is a Document, a mapping with `tokens` and an optional `loss_mask`, or a sequence of tokens.
@@ -117,13 +123,13 @@ def documents(values: Iterable[Any], *, name: str = "documents", max_tokens: int
 
 def text_folder(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    tokenizer: Any,
+    tokenizer: AnyTokenizer,
     *,
     extensions: Iterable[str] = (),
     add_bos: bool = False,
     add_eos: bool = True,
     invalid_utf8: str = "error",
-) -> Any:
+) -> Source:
     """A document per text file of folders, found recursively. `tokenizer`: one, or its path."""
     return _core.text_folder(
         _paths(paths), _tokenizer(tokenizer), extensions=list(extensions), add_bos=add_bos,
@@ -133,14 +139,14 @@ def text_folder(
 
 def jsonl(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    tokenizer: Any = None,
+    tokenizer: AnyTokenizer | None = None,
     *,
     add_bos: bool = False,
     add_eos: bool = True,
     invalid_utf8: str = "error",
-) -> Any:
+) -> Source:
     """A document per line: `{"text": ...}`, or `{"tokens": [...], "loss_mask": [...]}`."""
     return _core.jsonl(
-        _paths(paths), _tokenizer(tokenizer), add_bos=add_bos, add_eos=add_eos,
-        invalid_utf8=invalid_utf8,
+        _paths(paths), *([] if tokenizer is None else [_tokenizer(tokenizer)]), add_bos=add_bos,
+        add_eos=add_eos, invalid_utf8=invalid_utf8,
     )

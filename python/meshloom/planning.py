@@ -53,7 +53,7 @@ def plan(
         raise InvalidArgument("[plan] give either hdp or layout: one of them says how many ranks")
     problem = PlanProblem()
     problem.step = step
-    problem.layout = layout if layout is not None else Layout(hdp=hdp)
+    problem.layout = layout if layout is not None else Layout(hdp=hdp or 0)
     problem.capacity_tokens = capacity_tokens
     problem.lockstep = lockstep
     problem.samples = [
@@ -88,6 +88,12 @@ def find_strategy(name: str) -> Strategy:
             " meshloom.BalanceStrategy"
         )
     return strategy
+
+
+def instance(strategy: Strategy) -> BalanceStrategy:
+    """The strategy itself: a registered name, `module:Class` and `file.py:Class` are made one."""
+    found = find_strategy(strategy) if isinstance(strategy, str) else strategy
+    return _plan.strategies.create(found) if isinstance(found, str) else found
 
 
 def make_plan(problem: PlanProblem, strategy: Strategy = "balanced") -> StepPlan:

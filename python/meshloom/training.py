@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
-from meshloom import _plan, _runtime, launch, planning
+from meshloom import _runtime, launch, planning
 from meshloom._errors import InvalidArgument, NotSupported
 
-_core = _runtime.core
+if TYPE_CHECKING:
+    from meshloom import _core
+else:
+    _core = _runtime.core
 
 AdamWOptions = _core.AdamWOptions
 CheckpointSection = _core.CheckpointSection
@@ -49,7 +52,9 @@ __all__ = [
 ]
 
 
-def make_world(backend: str | None = None, options: Any = None) -> Any:
+def make_world(
+    backend: str | None = None, options: GroupOptions | None = None
+) -> Communicator:
     """This process's place among the ranks that its launcher started.
 
     `backend` None: mpi under mpirun or srun, torch (Gloo) under torchrun, else a world of one.
@@ -68,8 +73,13 @@ def make_world(backend: str | None = None, options: Any = None) -> Any:
 
 
 def make_trainer(
-    config: Any, world: Any, *, model: Any = None, loader: Any = None, strategy: Any = None
-) -> Any:
+    config: TrainConfig,
+    world: Communicator,
+    *,
+    model: ModelConfig | None = None,
+    loader: _core.Loader | None = None,
+    strategy: planning.Strategy | None = None,
+) -> Trainer:
     """A Trainer for everything that `config` names. Collective.
 
     `model`, `loader` and `strategy` replace what the config says; a strategy is an instance, a
@@ -77,16 +87,14 @@ def make_trainer(
     `tokenizers`.
     """
     model = _core.load_model_config(config) if model is None else model
-    chosen = planning.find_strategy(strategy or config.strategy)
-    if isinstance(chosen, str):
-        chosen = _plan.strategies.create(chosen)
+    chosen = planning.instance(strategy or config.strategy)
     if loader is None:
-        tokenizer = None
+        tokenizers = []
         if config.data.tokenizer and _needs_python(config.data.tokenizer):
             from meshloom import data
 
-            tokenizer = data.load_tokenizer(config.data.tokenizer)
-        loader = _core.open_data(config, model.vocab_size, world, tokenizer)
+            tokenizers.append(data.load_tokenizer(config.data.tokenizer))
+        loader = _core.open_data(config, model.vocab_size, world, *tokenizers)
     return Trainer(config, model, loader, world, chosen)
 
 

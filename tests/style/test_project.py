@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import stubs
 
 TOP_LEVEL = re.compile(
     r"\..*|CMakeLists\.txt|CMakePresets\.json|pyproject\.toml|include|src|python|tests|examples|docs"
@@ -19,6 +20,14 @@ TOP_LEVEL = re.compile(
 def test_top_level_layout(root: pathlib.Path) -> None:
     odd = [p.name for p in root.iterdir() if not TOP_LEVEL.fullmatch(p.name)]
     assert not odd, f"not in the layout: {odd}"
+
+
+@pytest.mark.parametrize("module", stubs.MODULES)
+def test_stubs_are_those_of_the_extension_modules(build_dir: pathlib.Path, module: str) -> None:
+    written = stubs.path_of(module).read_text()
+    assert written == stubs.generate(build_dir, module), (
+        f"{stubs.path_of(module)} is out of date: python tests/style/stubs.py BUILD_DIR"
+    )
 
 
 def test_python_package_is_typed(root: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -123,7 +123,7 @@ def _ranks_of(path: str) -> int:
     return int(layout.world_size) if layout.hdp else 1
 
 
-def _load(path: str, overrides: Mapping[str, object]) -> TrainConfig:
+def _load(path: str, overrides: Mapping[str, Any]) -> TrainConfig:
     from meshloom import training
 
     config = training.TrainConfig.load(path)
@@ -137,7 +137,7 @@ def _load(path: str, overrides: Mapping[str, object]) -> TrainConfig:
     return config
 
 
-def _train_rank(path: str, overrides: Mapping[str, object], backend: str | None) -> None:
+def _train_rank(path: str, overrides: Mapping[str, Any], backend: str | None) -> None:
     from meshloom import _runtime, training
 
     config = _load(path, overrides)
@@ -146,7 +146,7 @@ def _train_rank(path: str, overrides: Mapping[str, object], backend: str | None)
     _train(config, world)
 
 
-def _train_on_threads(path: str, overrides: Mapping[str, object], count: int) -> None:
+def _train_on_threads(path: str, overrides: Mapping[str, Any], count: int) -> None:
     from meshloom import _runtime, training
 
     config = _load(path, overrides)

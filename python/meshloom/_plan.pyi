@@ -1,0 +1,674 @@
+# Made from the extension module by tests/style/stubs.py; a test compares.
+"""
+Planning, verification and simulation; never loads LibTorch.
+"""
+from __future__ import annotations
+import collections.abc
+import typing
+__all__: list[str] = ['BalanceStrategy', 'Coordinates', 'CostModel', 'Instruction', 'Layout', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Slot', 'StepPlan', 'StrategyRegistry', 'Unit', 'Violation', 'check_plan', 'check_programs', 'chunk_range', 'compile', 'compile_rank', 'into_slots', 'lower_bound', 'make_plan', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'strategies', 'strategy_names', 'verify']
+class Coordinates:
+    """
+    Where a world rank sits.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Coordinates) -> bool:
+        ...
+    def __init__(self, tp: typing.SupportsInt = 0, hdp: typing.SupportsInt = 0, pp: typing.SupportsInt = 0) -> None:
+        ...
+    @property
+    def hdp(self) -> int:
+        ...
+    @hdp.setter
+    def hdp(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def pp(self) -> int:
+        ...
+    @pp.setter
+    def pp(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def tp(self) -> int:
+        ...
+    @tp.setter
+    def tp(self, arg0: typing.SupportsInt) -> None:
+        ...
+class Layout:
+    """
+    Sizes of the static mesh: world = pp x hdp x tp, tp fastest.
+    """
+    __hash__: typing.ClassVar[None] = None
+    @staticmethod
+    def parse(text: str) -> Layout:
+        """
+        Reads "hdp=4,tp=2".
+        """
+    def __eq__(self, arg0: Layout) -> bool:
+        ...
+    def __init__(self, *, tp: typing.SupportsInt = 1, hdp: typing.SupportsInt = 1, pp: typing.SupportsInt = 1, ep: typing.SupportsInt = 1, chunks: typing.SupportsInt = 1) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __str__(self) -> str:
+        ...
+    def coordinates(self, rank: typing.SupportsInt) -> Coordinates:
+        ...
+    def rank(self, at: Coordinates) -> int:
+        ...
+    def validate(self) -> None:
+        ...
+    @property
+    def chunks(self) -> int:
+        ...
+    @chunks.setter
+    def chunks(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def ep(self) -> int:
+        ...
+    @ep.setter
+    def ep(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def hdp(self) -> int:
+        ...
+    @hdp.setter
+    def hdp(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def pp(self) -> int:
+        ...
+    @pp.setter
+    def pp(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def tp(self) -> int:
+        ...
+    @tp.setter
+    def tp(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def world_size(self) -> int:
+        ...
+class CostModel:
+    """
+    Work of a sample: quadratic * s^2 + linear * s; a unit on D ranks takes work / D + fixed + exchange * (D - 1) / D * tokens.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: CostModel) -> bool:
+        ...
+    def __init__(self, *, quadratic: typing.SupportsFloat = 1.0, linear: typing.SupportsFloat = 24576.0, fixed: typing.SupportsFloat = 0.0, exchange: typing.SupportsFloat = 0.0) -> None:
+        ...
+    def unit_time(self, unit_work: typing.SupportsFloat, unit_tokens: typing.SupportsInt, degree: typing.SupportsInt) -> float:
+        ...
+    def validate(self) -> None:
+        ...
+    def work(self, tokens: typing.SupportsInt) -> float:
+        ...
+    @property
+    def exchange(self) -> float:
+        ...
+    @exchange.setter
+    def exchange(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def fixed(self) -> float:
+        ...
+    @fixed.setter
+    def fixed(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def linear(self) -> float:
+        ...
+    @linear.setter
+    def linear(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def quadratic(self) -> float:
+        ...
+    @quadratic.setter
+    def quadratic(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class MemoryModel:
+    """
+    What the offload rule needs; layers 0: no offload.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: MemoryModel) -> bool:
+        ...
+    def __init__(self, *, layers: typing.SupportsInt = 0, resident_layers: typing.SupportsInt = 2) -> None:
+        ...
+    def degree_needed(self, capacity_tokens: typing.SupportsInt, offload: typing.SupportsFloat, tokens: typing.SupportsInt, most: typing.SupportsInt) -> int | None:
+        ...
+    def offload_needed(self, capacity_tokens: typing.SupportsInt, degree: typing.SupportsInt, tokens: typing.SupportsInt) -> float | None:
+        ...
+    def resident_fraction(self, offload: typing.SupportsFloat) -> float:
+        ...
+    def unit_capacity(self, capacity_tokens: typing.SupportsInt, degree: typing.SupportsInt, offload: typing.SupportsFloat) -> int:
+        ...
+    def validate(self) -> None:
+        ...
+    @property
+    def layers(self) -> int:
+        ...
+    @layers.setter
+    def layers(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def resident_layers(self) -> int:
+        ...
+    @resident_layers.setter
+    def resident_layers(self, arg0: typing.SupportsInt) -> None:
+        ...
+class SampleInfo:
+    """
+    Metadata of one training document.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: SampleInfo) -> bool:
+        ...
+    def __init__(self, id: typing.SupportsInt, tokens: typing.SupportsInt, loss_tokens: typing.SupportsInt | None = None) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    @property
+    def id(self) -> int:
+        ...
+    @id.setter
+    def id(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def loss_tokens(self) -> int:
+        ...
+    @loss_tokens.setter
+    def loss_tokens(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def tokens(self) -> int:
+        ...
+    @tokens.setter
+    def tokens(self, arg0: typing.SupportsInt) -> None:
+        ...
+class Unit:
+    """
+    HDP ranks, in ring order, and the samples they process together.
+    """
+    __hash__: typing.ClassVar[None] = None
+    exchange: str
+    def __eq__(self, arg0: Unit) -> bool:
+        ...
+    def __init__(self, ranks: collections.abc.Sequence[typing.SupportsInt], samples: collections.abc.Sequence[typing.SupportsInt], *, exchange: str | None = None, ulysses_degree: typing.SupportsInt = 0, offload: typing.SupportsFloat = 0.0) -> None:
+        """
+        `exchange` is local for one rank and ring for several unless given.
+        """
+    def __repr__(self) -> str:
+        ...
+    @property
+    def offload(self) -> float:
+        ...
+    @offload.setter
+    def offload(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def ranks(self) -> list[int]:
+        ...
+    @ranks.setter
+    def ranks(self, arg0: collections.abc.Sequence[typing.SupportsInt]) -> None:
+        ...
+    @property
+    def samples(self) -> list[int]:
+        ...
+    @samples.setter
+    def samples(self, arg0: collections.abc.Sequence[typing.SupportsInt]) -> None:
+        ...
+    @property
+    def ulysses_degree(self) -> int:
+        ...
+    @ulysses_degree.setter
+    def ulysses_degree(self, arg0: typing.SupportsInt) -> None:
+        ...
+class PlacedUnit(Unit):
+    """
+    A unit and its place in the order.
+    """
+    @property
+    def index(self) -> int:
+        """
+        Position in the slot.
+        """
+    @property
+    def slot(self) -> int:
+        ...
+class Slot:
+    """
+    A position in the global order.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Slot) -> bool:
+        ...
+    def __init__(self, units: collections.abc.Sequence[Unit]) -> None:
+        ...
+    @property
+    def units(self) -> list[Unit]:
+        """
+        A copy; assign a list to change it.
+        """
+    @units.setter
+    def units(self, arg0: collections.abc.Sequence[Unit]) -> None:
+        ...
+class RankUnit(PlacedUnit):
+    """
+    One micro-batch of one HDP rank.
+    """
+    @property
+    def cu_seqlens(self) -> list[int]:
+        """
+        Ends of the whole documents.
+        """
+    @property
+    def local_cu_seqlens(self) -> list[int]:
+        """
+        Ends of this rank's share of each document.
+        """
+    @property
+    def member(self) -> int:
+        """
+        This rank's position in `ranks`.
+        """
+    @property
+    def ranges(self) -> list:
+        """
+        Per document, the two half-open token ranges that this rank holds.
+        """
+class RankPlan:
+    """
+    What one HDP rank runs in a step, in order.
+    """
+    @property
+    def cu_seqlens(self) -> list:
+        """
+        Cumulative lengths of whole documents, a list for each micro-batch.
+        """
+    @property
+    def local_cu_seqlens(self) -> list:
+        """
+        Cumulative lengths of this rank's shares.
+        """
+    @property
+    def rank(self) -> int:
+        ...
+    @property
+    def samples(self) -> list:
+        """
+        Sample ids, a list for each micro-batch.
+        """
+    @property
+    def units(self) -> list[RankUnit]:
+        ...
+class Prediction:
+    """
+    Figures of the plan file's `predicted`.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Prediction) -> bool:
+        ...
+    def __init__(self) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    @property
+    def efficiency(self) -> float:
+        ...
+    @efficiency.setter
+    def efficiency(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def exchange_tokens(self) -> int:
+        ...
+    @exchange_tokens.setter
+    def exchange_tokens(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def lower_bound(self) -> float:
+        ...
+    @lower_bound.setter
+    def lower_bound(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def makespan(self) -> float:
+        ...
+    @makespan.setter
+    def makespan(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def step_time(self) -> float | None:
+        ...
+    @step_time.setter
+    def step_time(self, arg0: typing.SupportsFloat | None) -> None:
+        ...
+class StepPlan:
+    """
+    What happens in one optimizer step, as plain data.
+    """
+    __hash__: typing.ClassVar[None] = None
+    cost: CostModel
+    layout: Layout
+    lockstep: str
+    memory: MemoryModel
+    predicted: Prediction
+    strategy: str
+    @staticmethod
+    def from_json(text: str) -> StepPlan:
+        ...
+    @staticmethod
+    def load(path: typing.Any) -> StepPlan:
+        ...
+    def __copy__(self) -> StepPlan:
+        ...
+    def __deepcopy__(self, arg0: dict) -> StepPlan:
+        ...
+    def __eq__(self, arg0: StepPlan) -> bool:
+        ...
+    def __getstate__(self) -> tuple:
+        ...
+    def __init__(self) -> None:
+        ...
+    def __repr__(self) -> str:
+        ...
+    def __setstate__(self, arg0: tuple) -> None:
+        ...
+    def for_rank(self, rank: typing.SupportsInt) -> RankPlan:
+        """
+        What one HDP rank runs, as plain lists.
+        """
+    def hash(self) -> int:
+        ...
+    def predict_(self) -> None:
+        """
+        Fills `predicted` from the slots.
+        """
+    def rank_finish_times(self) -> list[float]:
+        """
+        When every HDP rank ends.
+        """
+    def sample_ranks(self) -> dict[int, list[int]]:
+        """
+        The HDP ranks of every sample, by id.
+        """
+    def save(self, path: typing.Any) -> None:
+        ...
+    def to_json(self) -> str:
+        ...
+    def total_loss_tokens(self) -> int:
+        ...
+    def total_tokens(self) -> int:
+        ...
+    def units(self) -> list[PlacedUnit]:
+        """
+        All units in global order, each with its `.slot`.
+        """
+    @property
+    def capacity_tokens(self) -> int:
+        ...
+    @capacity_tokens.setter
+    def capacity_tokens(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def samples(self) -> list[SampleInfo]:
+        """
+        A copy; assign a list to change it.
+        """
+    @samples.setter
+    def samples(self, arg0: collections.abc.Sequence[SampleInfo]) -> None:
+        ...
+    @property
+    def slots(self) -> list[Slot]:
+        """
+        A copy; assign a list to change it.
+        """
+    @slots.setter
+    def slots(self, arg0: collections.abc.Sequence[Slot]) -> None:
+        ...
+    @property
+    def step(self) -> int:
+        ...
+    @step.setter
+    def step(self, arg0: typing.SupportsInt) -> None:
+        ...
+class PlanProblem:
+    """
+    Everything that a plan is a function of.
+    """
+    cost: CostModel
+    layout: Layout
+    lockstep: str
+    memory: MemoryModel
+    @staticmethod
+    def from_lengths(lengths: collections.abc.Sequence[typing.SupportsInt], layout: Layout, capacity_tokens: typing.SupportsInt) -> PlanProblem:
+        """
+        Ids 0 .. n-1, every token but the first a target.
+        """
+    def __init__(self) -> None:
+        ...
+    def validate(self) -> None:
+        ...
+    @property
+    def capacity_tokens(self) -> int:
+        ...
+    @capacity_tokens.setter
+    def capacity_tokens(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def ranks_per_node(self) -> int:
+        ...
+    @ranks_per_node.setter
+    def ranks_per_node(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def samples(self) -> list[SampleInfo]:
+        """
+        A copy; assign a list to change it.
+        """
+    @samples.setter
+    def samples(self, arg0: collections.abc.Sequence[SampleInfo]) -> None:
+        ...
+    @property
+    def step(self) -> int:
+        ...
+    @step.setter
+    def step(self, arg0: typing.SupportsInt) -> None:
+        ...
+class BalanceStrategy:
+    """
+    Decides which ranks work together on which samples. Subclass it and define
+    `assign(self, problem)` returning a list of Unit in global order, or of Slot.
+    """
+    def __init__(self) -> None:
+        ...
+    def assign(self, problem: PlanProblem) -> list[Slot]:
+        ...
+class StrategyRegistry:
+    """
+    Name -> strategy; filled explicitly.
+    """
+    def __init__(self) -> None:
+        ...
+    def add(self, name: str, factory: collections.abc.Callable) -> None:
+        """
+        `factory()` returns a BalanceStrategy.
+        """
+    def create(self, name: str) -> BalanceStrategy:
+        ...
+    def names(self) -> list[str]:
+        ...
+class Rendezvous:
+    """
+    What meets inside an instruction.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Rendezvous) -> bool:
+        ...
+    @property
+    def count(self) -> int:
+        ...
+    @count.setter
+    def count(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def kind(self) -> str:
+        ...
+    @property
+    def ranks(self) -> list[int]:
+        ...
+    @ranks.setter
+    def ranks(self, arg1: collections.abc.Sequence[typing.SupportsInt]) -> None:
+        ...
+class Instruction:
+    """
+    A micro-batch on a pipeline stage.
+    """
+    __hash__: typing.ClassVar[None] = None
+    defer_weight_gradient: bool
+    gradient: bool
+    def __eq__(self, arg0: Instruction) -> bool:
+        ...
+    @property
+    def chunk(self) -> int:
+        ...
+    @chunk.setter
+    def chunk(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def op(self) -> str:
+        ...
+    @property
+    def peer(self) -> int:
+        ...
+    @peer.setter
+    def peer(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def rendezvous(self) -> list[Rendezvous]:
+        """
+        A copy; assign a list to change it.
+        """
+    @rendezvous.setter
+    def rendezvous(self, arg0: collections.abc.Sequence[Rendezvous]) -> None:
+        ...
+    @property
+    def slot(self) -> int:
+        ...
+    @slot.setter
+    def slot(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def unit(self) -> int:
+        ...
+    @unit.setter
+    def unit(self, arg0: typing.SupportsInt) -> None:
+        ...
+class Program:
+    """
+    How one rank carries out one step.
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Program) -> bool:
+        ...
+    @property
+    def instructions(self) -> list[Instruction]:
+        """
+        A copy; assign a list to change it.
+        """
+    @instructions.setter
+    def instructions(self, arg0: collections.abc.Sequence[Instruction]) -> None:
+        ...
+    @property
+    def rank(self) -> int:
+        ...
+    @rank.setter
+    def rank(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def step(self) -> int:
+        ...
+    @step.setter
+    def step(self, arg0: typing.SupportsInt) -> None:
+        ...
+class Violation:
+    """
+    One broken contract.
+    """
+    def __repr__(self) -> str:
+        ...
+    def __str__(self) -> str:
+        ...
+    @property
+    def contract(self) -> str:
+        ...
+    @property
+    def message(self) -> str:
+        ...
+def check_plan(plan: StepPlan) -> list[Violation]:
+    """
+    All violations of the plan's contracts; empty: it is valid.
+    """
+def check_programs(plan: StepPlan, programs: collections.abc.Sequence[Program]) -> list[Violation]:
+    """
+    All violations of all ranks' programs together.
+    """
+def chunk_range(tokens: typing.SupportsInt, degree: typing.SupportsInt, chunk: typing.SupportsInt) -> tuple[int, int]:
+    """
+    Chunk k of 2D of a document, as (begin, end).
+    """
+def compile(plan: StepPlan, *, layers: typing.SupportsInt = 1, schedule: str = '') -> list[Program]:
+    """
+    Programs of all ranks, in rank order.
+    """
+def compile_rank(plan: StepPlan, rank: typing.SupportsInt, *, layers: typing.SupportsInt = 1, schedule: str = '') -> Program:
+    ...
+def into_slots(units: collections.abc.Sequence[Unit], hdp: typing.SupportsInt) -> list[Slot]:
+    """
+    Units in order -> slots.
+    """
+def lower_bound(problem: PlanProblem) -> float:
+    """
+    A proven lower bound on the makespan of any plan.
+    """
+@typing.overload
+def make_plan(problem: PlanProblem, strategy: str = 'balanced') -> StepPlan:
+    """
+    Validates the problem, runs the strategy, predicts and verifies.
+    """
+@typing.overload
+def make_plan(problem: PlanProblem, strategy: BalanceStrategy, name: str | None = None) -> StepPlan:
+    ...
+def member_ranges(tokens: typing.SupportsInt, degree: typing.SupportsInt, index: typing.SupportsInt) -> tuple[tuple[int, int], tuple[int, int]]:
+    """
+    The two token ranges that one member of a unit holds of a document.
+    """
+def parse_exchange(name: str) -> typing.Any:
+    """
+    The name itself, if it is one; else InvalidArgument lists the known ones.
+    """
+def parse_lockstep(name: str) -> typing.Any:
+    """
+    The name itself, if it is one; else InvalidArgument lists the known ones.
+    """
+def register_strategy(name: str) -> collections.abc.Callable:
+    """
+    Class decorator: registers a BalanceStrategy under a name.
+    """
+def strategy_names() -> list[str]:
+    """
+    Registered strategies.
+    """
+@typing.overload
+def verify(plan: StepPlan) -> None:
+    """
+    Raises PlanError naming the first violation and how many more there are.
+    """
+@typing.overload
+def verify(plan: StepPlan, programs: collections.abc.Sequence[Program]) -> None:
+    ...
+__version__: str = '0.1.0'
+strategies: StrategyRegistry
