@@ -37,9 +37,10 @@ std::set<std::string_view> split_words(std::string_view text) {
 /// Keys that say nothing about the mathematics of a training step.
 const std::set<std::string_view>& harmless_keys() {
   static const std::set<std::string_view> keys = split_words(
-      "add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens "
-      "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id "
-      "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+      "add_cross_attention architectures attn_implementation auto_map bad_words_ids "
+      "begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size "
+      "decoder_start_token_id diversity_penalty do_sample early_stopping "
+      "encoder_no_repeat_ngram_size experts_implementation "
       "exponential_decay_length_penalty finetuning_task forced_bos_token_id "
       "forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty "
       "max_length min_length model_max_length name_or_path no_repeat_ngram_size "
@@ -56,7 +57,7 @@ const std::set<std::string_view>& known_keys() {
   static const std::set<std::string_view> keys = split_words(
       "attention_bias attention_dropout bos_token_id decoder_sparse_step dtype "
       "eos_token_id head_dim hidden_act hidden_size initializer_range intermediate_size "
-      "layer_types max_position_embeddings max_window_layers mlp_bias mlp_only_layers "
+      "is_causal layer_types max_position_embeddings max_window_layers mlp_bias mlp_only_layers "
       "model_type moe_intermediate_size norm_topk_prob num_attention_heads num_experts "
       "num_experts_per_tok num_hidden_layers num_key_value_heads num_local_experts "
       "original_max_position_embeddings output_router_logits pad_token_id "
@@ -73,6 +74,9 @@ const std::set<std::string_view>& known_keys() {
 /// Reads one JSON object's fields by name; null counts as absent.
 class Fields {
  public:
+  static constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
+  static constexpr std::int64_t kMostEntries = 65'536;
+
   Fields(const Json& object, std::string prefix) : object_(object), prefix_(std::move(prefix)) {}
 
   [[nodiscard]] const Json* get(const char* key) const {
@@ -85,15 +89,20 @@ class Fields {
     if (get(key) == nullptr) missing(key);
     return size(key, 0);
   }
-  /// A positive size that fits a tensor dimension.
-  [[nodiscard]] std::int64_t size(const char* key, std::int64_t fallback) const {
+  /// A positive size, by default one that fits a tensor dimension.
+  [[nodiscard]] std::int64_t size(const char* key, std::int64_t fallback,
+                                  std::int64_t most = kMostSize) const {
     const Json* value = get(key);
     if (value == nullptr) return fallback;
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-    if (!value->is_number_integer() || *value < 1 || *value > kMost) {
-      wrong_type(prefix_ + key, "a positive integer", *value);
+    if (!value->is_number_integer() || *value < 1 || *value > most) {
+      wrong_type(prefix_ + key, fmt::format("a positive integer up to {}", most), *value);
     }
     return value->get<std::int64_t>();
+  }
+  /// A number of layers or experts, of which tables are made: a bound against hostile files.
+  [[nodiscard]] std::int64_t count(const char* key) const {
+    if (get(key) == nullptr) missing(key);
+    return size(key, 0, kMostEntries);
   }
   [[nodiscard]] std::int64_t token(const char* key) const {
     const Json* value = get(key);
@@ -287,8 +296,8 @@ void read_moe(ModelConfig& config, const Fields& fields) {
   const bool mixtral = config.model_type == "mixtral";
   MoeConfig& moe = config.moe;
   moe.experts = fields.get("num_local_experts") != nullptr || mixtral
-                    ? fields.size("num_local_experts")
-                    : fields.size("num_experts");
+                    ? fields.count("num_local_experts")
+                    : fields.count("num_experts");
   moe.experts_per_token = fields.size("num_experts_per_tok");
   moe.intermediate_size = mixtral ? config.intermediate_size : fields.size("moe_intermediate_size");
   moe.normalize_top_k = mixtral || fields.boolean("norm_topk_prob", false);
@@ -345,13 +354,14 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   if (activation != "silu" && activation != "swish") {
     refuse(fmt::format("hidden_act \"{}\" is not built; known: silu", activation));
   }
+  if (!fields.boolean("is_causal", true)) refuse("is_causal = false is not built");
   if (const double dropout = fields.number("attention_dropout", 0.0); dropout != 0.0) {
     refuse(fmt::format("attention_dropout = {} is not built", dropout));
   }
   config.vocab_size = fields.size("vocab_size");
   config.hidden_size = fields.size("hidden_size");
   config.intermediate_size = fields.size("intermediate_size");
-  config.layers = fields.size("num_hidden_layers");
+  config.layers = fields.count("num_hidden_layers");
   config.heads = fields.size("num_attention_heads");
   // Absent takes the family's default, null one per head; both as transformers does.
   const std::int64_t kv_default =

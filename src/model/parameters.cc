@@ -124,7 +124,14 @@ std::int64_t ParameterTable::append(ParameterSpec spec) {
   spec.offset = elements;
   MESHLOOM_CHECK(index_.emplace(spec.name, parameters.size()).second, "model.parameters",
                  fmt::format("the name \"{}\" is already taken", spec.name));
-  elements += spec.elements();
+  std::int64_t extent = 1;
+  bool overflow = false;
+  for (const std::int64_t size : spec.shape) {
+    overflow = __builtin_mul_overflow(extent, size, &extent) || overflow;
+  }
+  overflow = __builtin_add_overflow(elements, extent, &elements) || overflow;
+  MESHLOOM_CHECK(!overflow, "model.parameters",
+                 fmt::format("the model has too many elements to count, at \"{}\"", spec.name));
   parameters.push_back(std::move(spec));
   return parameters.back().offset;
 }

@@ -10,6 +10,7 @@
 #include <set>
 
 #include "meshloom/core/check.h"
+#include "model/internal/atomic_file.h"
 
 namespace meshloom::model {
 namespace {
@@ -226,11 +227,12 @@ void save_pretrained(const std::string& folder, const ModelConfig& config,
   if (error) {
     throw IoError(kSaveWhere, fmt::format("{}: cannot create: {}", folder, error.message()));
   }
-  write_file_atomically((root / "config.json").string(), stored.to_json());
 
+  // Everything is on the disk under temporary names before the first file is replaced.
   const auto element_bytes = static_cast<std::int64_t>(c10::elementSize(options.dtype));
   const auto shards = cut_shards(table, element_bytes, options.max_shard_bytes);
   std::set<std::string> kept;
+  std::vector<std::unique_ptr<SafetensorsWriter>> writers;
   nlohmann::json index{{"metadata", {{"total_size", table.elements * element_bytes}}},
                        {"weight_map", nlohmann::json::object()}};
   for (std::size_t shard = 0; shard < shards.size(); ++shard) {
@@ -243,19 +245,30 @@ void save_pretrained(const std::string& folder, const ModelConfig& config,
       entries.push_back({spec.name, options.dtype, spec.shape});
       index["weight_map"][spec.name] = file;
     }
-    SafetensorsWriter writer((root / file).string(), std::move(entries), {{"format", "pt"}});
+    auto writer =
+        std::make_unique<SafetensorsWriter>((root / file).string(), std::move(entries),
+                                            std::map<std::string, std::string>{{"format", "pt"}});
     for (std::size_t i = shards[shard].first; i < shards[shard].second; ++i) {
       const ParameterSpec& spec = table.parameters[i];
-      writer.write(flat_part(values, {spec.offset, spec.shape}));
+      writer->write(flat_part(values, {spec.offset, spec.shape}));
     }
-    writer.commit();
+    writer->finish();
+    writers.push_back(std::move(writer));
     kept.insert(file);
   }
+  std::vector<std::unique_ptr<detail::AtomicFile>> texts;
+  const auto prepare = [&](const char* name, const std::string& text) {
+    texts.push_back(std::make_unique<detail::AtomicFile>((root / name).string()));
+    texts.back()->write(text.data(), text.size());
+    texts.back()->finish();
+  };
+  prepare("config.json", stored.to_json());
   if (shards.size() > 1) {
-    const std::string name = "model.safetensors.index.json";
-    write_file_atomically((root / name).string(), index.dump(2) + "\n");
-    kept.insert(name);
+    prepare("model.safetensors.index.json", index.dump(2) + "\n");
+    kept.insert("model.safetensors.index.json");
   }
+  for (const auto& writer : writers) writer->commit();
+  for (const auto& text : texts) text->commit();
   remove_stale(root, kept);
 }
 

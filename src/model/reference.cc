@@ -82,8 +82,13 @@ ReferenceStep reference_step(const ModelConfig& config, const at::Tensor& values
 
   std::unique_ptr<BalanceLoss> balance;
   if (options.balance_coefficient != 0.0) {
-    balance = make_balance_loss("global", options.balance_coefficient, config);
+    balance = make_balance_loss(options.balance_form, options.balance_coefficient, config);
+  }
+  if (balance != nullptr) {
+    balance->load_state(options.balance_state);
     balance->begin_step(batch.size());
+  }
+  if (balance != nullptr && balance->needs_counting()) {
     SequenceBatch unlabelled = batch;  // counting needs no loss
     unlabelled.labels = at::full_like(batch.labels, kIgnoreLabel);
     StageContext counting = rank.context(unlabelled, false);
@@ -98,7 +103,11 @@ ReferenceStep reference_step(const ModelConfig& config, const at::Tensor& values
   context.z_loss_weight = options.z_coefficient / static_cast<double>(batch.size());
   const StageOutput output = rank.stage().forward(context, {});
   rank.stage().backward(context, {});
-  if (balance != nullptr) step.balance_loss = balance->loss();
+  if (balance != nullptr) {
+    step.balance_loss = balance->loss();
+    balance->end_step({});
+    step.balance_state = balance->state();
+  }
   step.z_loss = output.z_loss_sum * context.z_loss_weight;
   step.loss = output.loss_sum * context.loss_weight + step.balance_loss + step.z_loss;
   return step;

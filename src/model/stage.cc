@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <variant>
 #include <vector>
@@ -26,6 +27,30 @@ struct ResidualStream {
   at::Tensor stream;
   at::Tensor pending;  ///< undefined: nothing to add
 };
+
+/// On a device the check would cost a synchronisation: there the batch's builder makes it.
+void check_vocabulary(const SequenceBatch& batch, std::int64_t vocabulary) {
+  if (batch.size() == 0 || !batch.tokens.is_cpu()) return;
+  const std::int64_t* tokens = batch.tokens.const_data_ptr<std::int64_t>();
+  const std::int64_t* bad = std::find_if(tokens, tokens + batch.size(), [&](std::int64_t token) {
+    return token < 0 || token >= vocabulary;
+  });
+  const std::int64_t row = bad - tokens;
+  if (row == batch.size()) return;
+  std::int64_t first = 0;
+  std::int64_t sample = -1;
+  for (const DocumentSlice& document : batch.documents) {
+    if (row < first + document.tokens()) {
+      sample = document.sample;
+      break;
+    }
+    first += document.tokens();
+  }
+  throw InvalidArgument(
+      "model.stage",
+      fmt::format("sample {}: token {} at position {} is outside the vocabulary of {}", sample,
+                  *bad, batch.positions[row].item<std::int64_t>(), vocabulary));
+}
 
 /// One decoder layer: two norms, attention, and a dense or mixture-of-experts layer.
 class DecoderLayer {
@@ -123,6 +148,7 @@ class DecoderStage final : public Stage {
     Pass pass{context, {}};
     ResidualStream h;
     if (embedding_) {
+      check_vocabulary(context.batch, config_.vocab_size);
       const HeldWeight weight(context.parameters, embedding_);
       h.stream = ops::embedding(*weight, tokens_of(context.batch.tokens));
     } else {

@@ -1,15 +1,18 @@
 #include "meshloom/parallel/executor.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <utility>
 
 #include "meshloom/core/check.h"
 #include "meshloom/model/activation_store.h"
+#include "meshloom/model/balance_losses.h"
 #include "meshloom/model/sharded_linear.h"
 #include "meshloom/model/token_dispatcher.h"
 #include "meshloom/parallel/ring_exchange.h"
@@ -43,15 +46,75 @@ std::string describe(const plan::StepPlan& plan, const plan::Instruction& instru
   return text;
 }
 
+/// What is planned, verified and simulated, but not executed yet, by name.
+void refuse_layout(const plan::StepPlan& plan) {
+  const auto refuse = [&](const char* what) {
+    throw NotSupported("parallel.executor",
+                       fmt::format("layout {}: {} is not built; only hdp may be above 1",
+                                   plan.layout.to_string(), what));
+  };
+  if (plan.layout.tp > 1) refuse("tensor parallelism (tp)");
+  if (plan.layout.pp > 1) refuse("pipeline parallelism (pp)");
+  if (plan.layout.ep > 1) refuse("expert parallelism (ep)");
+  if (plan.layout.chunks > 1) refuse("more than one model chunk a rank (chunks)");
+  for (std::size_t s = 0; s < plan.slots.size(); ++s) {
+    for (std::size_t u = 0; u < plan.slots[s].units.size(); ++u) {
+      const auto& unit = plan.slots[s].units[u];
+      if (unit.offload > 0.0) {
+        throw NotSupported(
+            "parallel.executor",
+            fmt::format("slot {}, unit {}: offload {} is not built", s, u, unit.offload));
+      }
+    }
+  }
+}
+
+/// Adds `counts` over the ranks of a unit: every member sends to every other and adds in ring
+/// order, so that all have the same sum.
+void sum_over_unit_(comm::Communicator& hdp, const plan::Unit& unit, at::Tensor& counts) {
+  const at::Tensor own = counts.contiguous();
+  at::Tensor parts = at::empty({std::ssize(unit.ranks), own.numel()}, own.options());
+  std::vector<at::Tensor> received;
+  std::vector<comm::Transfer> sends;
+  std::vector<comm::Transfer> receives;
+  received.reserve(unit.ranks.size());
+  for (std::size_t i = 0; i < unit.ranks.size(); ++i) {
+    received.push_back(parts[static_cast<std::int64_t>(i)].view(own.sizes()));
+    if (unit.ranks[i] == hdp.rank()) {
+      received.back().copy_(own);
+      continue;
+    }
+    sends.push_back({.peer = unit.ranks[i], .tensor = &own});
+    receives.push_back({.peer = unit.ranks[i], .tensor = &received.back()});
+  }
+  hdp.send_receive(sends, receives, {.timeout = std::nullopt, .purpose = "balance"}).wait();
+  counts.zero_();
+  for (const at::Tensor& part : received) counts.add_(part);
+}
+
+/// Clears what the flight recorder says this rank is doing, however the step ends.
+class RecorderContext {
+ public:
+  explicit RecorderContext(const comm::Communicator& hdp) : recorder_(hdp.recorder()) {}
+  RecorderContext(const RecorderContext&) = delete;
+  RecorderContext& operator=(const RecorderContext&) = delete;
+  ~RecorderContext() { recorder_.set_context({}); }
+  void set(const std::string& context) { recorder_.set_context(context); }
+
+ private:
+  comm::FlightRecorder& recorder_;
+};
+
 }  // namespace
 
 std::unique_ptr<model::AttentionExchange> make_exchange(const comm::Communicator& hdp,
-                                                        const plan::Unit& unit, SpanSink spans) {
+                                                        const plan::Unit& unit, SpanSink spans,
+                                                        std::shared_ptr<ExchangeBuffers> buffers) {
   switch (unit.exchange) {
     case plan::Exchange::kLocal:
       return std::make_unique<model::LocalAttention>();
     case plan::Exchange::kRing:
-      return std::make_unique<RingExchange>(hdp, unit.ranks, std::move(spans));
+      return std::make_unique<RingExchange>(hdp, unit.ranks, std::move(spans), std::move(buffers));
     default:
       throw NotSupported("parallel.make_exchange",
                          fmt::format("exchange \"{}\" is not built; use \"ring\"",
@@ -82,9 +145,16 @@ class Executor::Impl {
   };
 
   StepOutcome run(Step step, const plan::Program& program) {
+    refuse_layout(step.plan);
+    MESHLOOM_CHECK_EQ(step.plan.layout.hdp, hdp_.size(), "parallel.executor",
+                      "hdp of the plan and ranks of the communicator");
+    MESHLOOM_CHECK_EQ(program.rank, hdp_.rank(), "parallel.executor",
+                      "rank of the program and of the communicator");
     if (step.training) step.state.zero_gradients();
+    RecorderContext recorder(hdp_);
     for (const auto& instruction : program.instructions) {
       try {
+        recorder.set(describe(step.plan, instruction));
         if (options_.before) options_.before(instruction);
         const auto begin = Clock::now();
         const auto kind = execute(step, instruction);
@@ -160,15 +230,28 @@ class Executor::Impl {
     if (own == unit.ranks.end()) {
       throw PlanError("parallel.executor", "the program loads a unit without this rank");
     }
-    micro.batch =
-        build_batch(step.plan, unit, static_cast<int>(own - unit.ranks.begin()), step.load, device);
+    micro.batch = build_batch(step.plan, unit, static_cast<int>(own - unit.ranks.begin()),
+                              step.load, device, stage_->config().vocab_size);
     SpanSink sink;
     if (options_.record_spans) {
       sink = [&step, instruction](Span::Kind kind, Clock::time_point begin, Clock::time_point end) {
         record(step, kind, instruction, begin, end);
       };
     }
-    micro.attention = exchange_(hdp_, unit, std::move(sink));
+    micro.attention = exchange_(hdp_, unit, std::move(sink), buffers_);
+  }
+
+  /// The sequence form counts over whole documents, which a unit may hold in slices.
+  void share_counts(Step& step, const plan::Instruction& instruction) {
+    auto* sequence = dynamic_cast<model::SequenceBalance*>(step.balance);
+    if (sequence == nullptr) return;
+    sequence->set_unit_sum({});
+    if (instruction.unit < 0) return;
+    const auto& unit = step.plan.slots[static_cast<std::size_t>(instruction.slot)]
+                           .units[static_cast<std::size_t>(instruction.unit)];
+    if (unit.ranks.size() < 2) return;
+    sequence->set_unit_sum(
+        [this, &unit](at::Tensor& counts) { sum_over_unit_(hdp_, unit, counts); });
   }
 
   model::StageContext context(Step& step, MicroBatch& micro) {
@@ -188,6 +271,7 @@ class Executor::Impl {
   void forward(Step& step, const plan::Instruction& instruction) {
     const auto key = std::pair(instruction.slot, instruction.chunk);
     auto& micro = step.in_flight.at(key);
+    share_counts(step, instruction);
     const auto output = stage_->forward(context(step, micro), {});
     step.outcome.loss_sum += output.loss_sum;
     step.outcome.z_loss_sum += output.z_loss_sum;
@@ -210,6 +294,7 @@ class Executor::Impl {
   comm::Communicator hdp_;
   ExecutorOptions options_;
   ExchangeFactory exchange_;
+  std::shared_ptr<ExchangeBuffers> buffers_ = std::make_shared<ExchangeBuffers>();
   model::LocalLinear linear_;
 
   friend class Executor;

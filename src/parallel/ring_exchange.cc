@@ -8,6 +8,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <utility>
 
@@ -64,11 +65,16 @@ std::vector<model::AttentionBlock> blocks_against(const model::SequenceBatch& ba
   return blocks;
 }
 
-at::Tensor pack(const at::Tensor& k, const at::Tensor& v) {
-  auto packed = at::empty({2, k.size(0), k.size(1), k.size(2)}, k.options());
-  packed.select(0, 0).copy_(k);
-  packed.select(0, 1).copy_(v);
-  return packed;
+/// What each reused buffer holds; pairs alternate, one in flight while the other is worked on.
+enum Buffer : std::size_t { kBlocks = 0, kGradients = 2, kPartial = 4 };
+
+std::size_t alternate(Buffer first, int step) {
+  return static_cast<std::size_t>(first) + static_cast<std::size_t>(step % 2);
+}
+
+/// The shape of a member's keys and values in one tensor.
+std::array<std::int64_t, 4> block_shape(std::int64_t rows, const at::Tensor& k) {
+  return {2, rows, k.size(1), k.size(2)};
 }
 
 at::ScalarType statistics_type(const at::Tensor& x) {
@@ -103,13 +109,37 @@ const char* to_string(Span::Kind kind) {
   return "unknown";
 }
 
-RingExchange::RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans)
-    : hdp_(std::move(hdp)), ranks_(std::move(ranks)), spans_(std::move(spans)) {
+at::Tensor ExchangeBuffers::take(std::size_t index, at::IntArrayRef sizes,
+                                 const at::TensorOptions& options) {
+  at::Tensor& buffer = buffers_.at(index);
+  const std::int64_t elements = c10::multiply_integers(sizes);
+  if (!buffer.defined() || buffer.numel() < elements ||
+      buffer.scalar_type() != c10::typeMetaToScalarType(options.dtype()) ||
+      buffer.device() != options.device()) {
+    buffer = at::Tensor();  // the former one goes before its successor comes
+    buffer = at::empty({elements}, options);
+  }
+  return buffer.narrow(0, 0, elements).view(sizes);
+}
+
+RingExchange::RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans,
+                           std::shared_ptr<ExchangeBuffers> buffers)
+    : hdp_(std::move(hdp)),
+      ranks_(std::move(ranks)),
+      spans_(std::move(spans)),
+      buffers_(buffers ? std::move(buffers) : std::make_shared<ExchangeBuffers>()) {
   const auto own = std::find(ranks_.begin(), ranks_.end(), hdp_.rank());
   MESHLOOM_CHECK(
       own != ranks_.end(), "parallel.ring_exchange",
       fmt::format("rank {} is not in the unit's ranks [{}]", hdp_.rank(), fmt::join(ranks_, ", ")));
   index_ = static_cast<int>(own - ranks_.begin());
+}
+
+at::Tensor RingExchange::pack(const at::Tensor& k, const at::Tensor& v) {
+  auto packed = buffers_->take(alternate(kBlocks, 0), block_shape(k.size(0), k), k.options());
+  packed.select(0, 0).copy_(k);
+  packed.select(0, 1).copy_(v);
+  return packed;
 }
 
 /// Waits and tells the span sink how long the transfer took and how much of it was exposed.
@@ -139,8 +169,8 @@ model::AttentionOutput RingExchange::forward(const at::Tensor& q, const at::Tens
     Flight flight;
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming =
-          at::empty({2, member_rows(batch, size, sender), k.size(1), k.size(2)}, k.options());
+      incoming = buffers_->take(alternate(kBlocks, step + 1),
+                                block_shape(member_rows(batch, size, sender), k), k.options());
       const comm::Transfer send{.peer = next, .tensor = &held};
       const comm::Transfer receive{.peer = previous, .tensor = &incoming};
       flight.posted = Clock::now();
@@ -181,21 +211,24 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
     std::vector<comm::Transfer> sends;
     std::vector<comm::Transfer> receives;
     if (step > 0) {
-      partial = at::empty(held.sizes(), statistics);
+      partial = buffers_->take(kPartial, held.sizes(), statistics);
       sends.push_back({.peer = next, .tensor = &outgoing});
       receives.push_back({.peer = previous, .tensor = &partial});
     }
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming =
-          at::empty({2, member_rows(batch, size, sender), k.size(1), k.size(2)}, k.options());
+      incoming = buffers_->take(alternate(kBlocks, step + 1),
+                                block_shape(member_rows(batch, size, sender), k), k.options());
       sends.push_back({.peer = next, .tensor = &held});
       receives.push_back({.peer = previous, .tensor = &incoming});
     }
     Flight flight{.work = {}, .posted = Clock::now()};
     if (!sends.empty()) flight.work = hdp_.send_receive(sends, receives, kExchangeCall);
 
-    auto gradient = at::zeros(held.sizes(), statistics);
+    auto gradient = size == 1
+                        ? at::empty(held.sizes(), statistics)
+                        : buffers_->take(alternate(kGradients, step), held.sizes(), statistics);
+    gradient.zero_();
     auto dk = gradient.select(0, 0);
     auto dv = gradient.select(0, 1);
     const auto blocks = blocks_against(batch, size, member, options.window);

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <unordered_map>
 
 #include "meshloom/core/check.h"
@@ -20,7 +21,8 @@ std::int64_t count_targets(const SampleTokens& document) {
   return count;
 }
 
-void check_document(const plan::SampleInfo& info, const SampleTokens& document) {
+void check_document(const plan::SampleInfo& info, const SampleTokens& document,
+                    std::int64_t vocabulary) {
   const auto tokens = static_cast<std::int64_t>(document.tokens.size());
   if (tokens != info.tokens) {
     throw DataError("parallel.build_batch", fmt::format("sample {} has {} tokens, the plan says {}",
@@ -37,12 +39,22 @@ void check_document(const plan::SampleInfo& info, const SampleTokens& document) 
                     fmt::format("sample {} has {} loss tokens, the plan says {}", info.id, targets,
                                 info.loss_tokens));
   }
+  if (vocabulary == 0) return;
+  const auto bad = std::find_if(document.tokens.begin(), document.tokens.end(),
+                                [&](auto token) { return token < 0 || token >= vocabulary; });
+  if (bad != document.tokens.end()) {
+    throw DataError(
+        "parallel.build_batch",
+        fmt::format("sample {}: token {} at position {} is outside the vocabulary of {}", info.id,
+                    *bad, bad - document.tokens.begin(), vocabulary));
+  }
 }
 
 }  // namespace
 
 model::SequenceBatch build_batch(const plan::StepPlan& plan, const plan::Unit& unit, int index,
-                                 const SampleLoader& load, c10::Device device) {
+                                 const SampleLoader& load, c10::Device device,
+                                 std::int64_t vocabulary) {
   std::unordered_map<std::int64_t, const plan::SampleInfo*> by_id;
   for (const auto& sample : plan.samples) by_id.emplace(sample.id, &sample);
   const int degree = static_cast<int>(unit.ranks.size());
@@ -65,7 +77,7 @@ model::SequenceBatch build_batch(const plan::StepPlan& plan, const plan::Unit& u
   std::int64_t row = 0;
   for (const auto& slice : batch.documents) {
     const auto document = load(slice.sample);
-    check_document(*by_id.at(slice.sample), document);
+    check_document(*by_id.at(slice.sample), document, vocabulary);
     for (const auto& range : slice.ranges) {
       for (auto t = range.begin; t < range.end; ++t, ++row) {
         const auto at = static_cast<std::size_t>(t);

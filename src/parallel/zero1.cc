@@ -62,8 +62,16 @@ void Zero1::gather() {
   const auto own = own_range();
   auto shard = parameters_.values().narrow(0, own.begin, own.size());
   if (master_.scalar_type() != shard.scalar_type()) shard.copy_(master_);
-  const auto all = group_.all_gather(shard, rows_, kParameterCall).result();
-  parameters_.values().copy_(all);
+  // Everyone's range in place: an all-gather would bring them in a second buffer of the model's
+  // size.
+  std::vector<at::Tensor> shards;
+  std::vector<comm::Work> pending;
+  for (int rank = 0; rank < group_.size(); ++rank) {
+    const auto [begin, end] = range(rank);
+    shards.push_back(parameters_.values().narrow(0, begin, end - begin));
+    if (end > begin) pending.push_back(group_.broadcast_(shards.back(), rank, kParameterCall));
+  }
+  for (auto& work : pending) work.wait();
 }
 
 void Zero1::assign(const at::Tensor& full) {

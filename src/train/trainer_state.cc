@@ -127,9 +127,6 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
-  options.before = [this](const plan::Instruction& instruction) {
-    before_instruction(instruction);
-  };
   executor_ = std::make_unique<parallel::Executor>(stage_, world_, options);
 
   if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));

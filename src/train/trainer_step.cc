@@ -2,9 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/isfinite.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -60,37 +58,6 @@ std::int64_t exchange_sent(const comm::Communicator& world) {
 void Trainer::Impl::sum_over_ranks(at::Tensor& tensor) {
   world_.all_reduce_(tensor, comm::ReduceOp::kSum, {.timeout = std::nullopt, .purpose = "balance"})
       .wait();
-}
-
-void Trainer::Impl::unit_sum(const plan::Unit& unit, at::Tensor& counts) {
-  // Every member sends to every other and adds in ring order: the same sum on all of them.
-  at::Tensor total = at::zeros_like(counts);
-  const at::Tensor own = counts.contiguous();
-  std::vector<at::Tensor> others;
-  std::vector<comm::Transfer> sends;
-  std::vector<comm::Transfer> receives;
-  others.reserve(unit.ranks.size());
-  for (const int rank : unit.ranks) {
-    others.push_back(rank == world_.rank() ? own : at::empty_like(own));
-    if (rank == world_.rank()) continue;
-    sends.push_back({.peer = rank, .tensor = &own});
-    receives.push_back({.peer = rank, .tensor = &others.back()});
-  }
-  world_.send_receive(sends, receives, {.timeout = std::nullopt, .purpose = "balance"}).wait();
-  for (const at::Tensor& part : others) total.add_(part);
-  counts.copy_(total);
-}
-
-void Trainer::Impl::before_instruction(const plan::Instruction& instruction) {
-  auto* sequence = dynamic_cast<model::SequenceBalance*>(balance_.get());
-  if (sequence == nullptr || instruction.op != plan::Op::kForward || instruction.unit < 0) return;
-  const plan::Unit& unit = last_plan_.slots.at(static_cast<std::size_t>(instruction.slot))
-                               .units.at(static_cast<std::size_t>(instruction.unit));
-  if (unit.ranks.size() < 2) {
-    sequence->set_unit_sum({});
-  } else {
-    sequence->set_unit_sum([this, &unit](at::Tensor& counts) { unit_sum(unit, counts); });
-  }
 }
 
 detail::StepOrder Trainer::Impl::next_order(StepMetrics& metrics) {

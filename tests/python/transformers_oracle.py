@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -57,19 +58,70 @@ def _refresh_rotary(model) -> None:
             module.original_inv_freq = inverse
 
 
-def gradients(model, documents: list[dict], balance: float = 0.0, z_loss: float = 0.0):
+def global_balance(model, router_logits: list[tuple]) -> torch.Tensor:
+    """transformers' own balance loss over all tokens of the step."""
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    pooled = tuple(torch.cat(layer) for layer in zip(*router_logits))
+    config = model.config
+    return function(pooled, config.num_local_experts, config.num_experts_per_tok)
+
+
+def _choices_and_probabilities(model, logits: torch.Tensor):
+    """How often each expert is chosen, and the sum of its probabilities, over the rows."""
+    probabilities = torch.softmax(logits, -1)
+    chosen = probabilities.topk(model.config.num_experts_per_tok, -1).indices
+    counts = torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).to(logits.dtype)
+    return counts, probabilities.sum(0)
+
+
+def sequence_balance(model, router_logits: list[tuple]) -> torch.Tensor:
+    """Mean over layers, documents weighted by their tokens, of E * sum_e f_e P_e in a document."""
+    total = 0.0
+    tokens = 0
+    for layers in router_logits:  # of one document
+        length = len(layers[0])
+        tokens += length
+        for logits in layers:
+            counts, sums = _choices_and_probabilities(model, logits)
+            experts = logits.shape[-1]
+            total = total + length * experts * (counts / length * sums / length).sum() / len(layers)
+    return total / tokens
+
+
+def lagged_balance(model, router_logits: list[tuple]) -> torch.Tensor:
+    """Mean over layers of E * sum_e f_e P_e over the step, f_e being constants.
+
+    They belong to the step before; a test that runs one step twice has the same there.
+    """
+    layers = [torch.cat(layer) for layer in zip(*router_logits)]
+    total = 0.0
+    for logits in layers:
+        counts, sums = _choices_and_probabilities(model, logits)
+        total = total + logits.shape[-1] * (counts * sums).sum() / len(logits) ** 2
+    return total / len(layers)
+
+
+def gradients(
+    model,
+    documents: list[dict],
+    balance: float = 0.0,
+    z_loss: float = 0.0,
+    balance_loss=global_balance,
+    fp64: bool = True,
+):
     """Loss and gradients of one step: mean cross-entropy over the loss tokens of all documents.
 
-    Documents run one at a time; the balance loss is transformers' own over all their tokens.
-    Returns (loss, {parameter name in the saved checkpoint: gradient}).
+    Documents run one at a time. Returns (loss, the model, whose parameters hold the gradients).
+    With `fp64` false, transformers computes as it always does, in the model's own type.
     """
     model.zero_grad()
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64 if fp64 else torch.float32)
     targets = 0
-    router_logits = None
+    router_logits = []
     tokens_of_step = sum(len(document["tokens"]) for document in documents)
-    with everything_fp64():
-        _refresh_rotary(model)
+    with everything_fp64() if fp64 else contextlib.nullcontext():
+        if fp64:
+            _refresh_rotary(model)
         for document in documents:
             tokens = torch.tensor(document["tokens"])[None]
             mask = document.get("loss_mask", [1] * len(document["tokens"]))
@@ -80,29 +132,27 @@ def gradients(model, documents: list[dict], balance: float = 0.0, z_loss: float 
             targets += int((labels != -100).sum())
             if len(labels):
                 total = total + torch.nn.functional.cross_entropy(
-                    output.logits[0, :-1], labels, ignore_index=-100, reduction="sum"
+                    output.logits[0, :-1].to(total.dtype), labels, ignore_index=-100, reduction="sum"
                 )
             if extra:
-                layers = output.router_logits
-                router_logits = (
-                    layers
-                    if router_logits is None
-                    else tuple(torch.cat(pair) for pair in zip(router_logits, layers))
-                )
+                router_logits.append(output.router_logits)
         loss = total / targets
         if balance:
-            import sys
-
-            balancing = sys.modules[type(model).__module__].load_balancing_loss_func
-            config = model.config
-            loss = loss + balance * balancing(
-                router_logits, config.num_local_experts, config.num_experts_per_tok
-            )
+            loss = loss + balance * balance_loss(model, router_logits)
         if z_loss:
-            squares = sum((torch.logsumexp(layer, -1) ** 2).sum() for layer in router_logits)
+            squares = sum(
+                (torch.logsumexp(layer, -1) ** 2).sum() for layers in router_logits for layer in layers
+            )
             loss = loss + z_loss * squares / tokens_of_step
         loss.backward()
     return loss.item(), model
+
+
+def load_model(folder: Path, dtype: torch.dtype):
+    """A saved model as transformers trains it in this type."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+    )
 
 
 def checkpoint_gradients(model, folder: Path) -> dict[str, torch.Tensor]:

@@ -42,11 +42,13 @@ struct SaveOptions {
 };
 
 /// Writes config.json and the weights as a folder that transformers opens, under the Hub's names
-/// (experts one by one). Every file appears complete or not at all, config.json first and the
-/// weights' index last; older weight files that the new ones do not replace are removed at the end.
+/// (experts one by one). All files are on the disk under temporary names before the first older one
+/// is replaced, so a full disk leaves the folder as it was; older weight files that the new ones do
+/// not replace are removed at the end.
 /// @param table  of the whole model.
-/// @throws IoError  naming the file, e.g. on a full disk; older files may be replaced in part, so
-///   save into a fresh folder and rename that where the old one matters.
+/// @throws IoError  naming the file, e.g. on a full disk. A process that is killed among the last
+///   renames leaves old and new files mixed: save into a fresh folder and rename that where it
+///   matters.
 MESHLOOM_API void save_pretrained(const std::string& folder, const ModelConfig& config,
                                   const ParameterTable& table, const at::Tensor& values,
                                   const SaveOptions& options = {});

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "meshloom/core/export.h"
@@ -24,8 +25,10 @@ struct Document {
                                                     std::int64_t first_sample = 0);
 
 struct ReferenceOptions {
-  double balance_coefficient = 0.0;  ///< of the `global` form; 0: none
-  double z_coefficient = 0.0;        ///< mean over tokens, sum over layers
+  double balance_coefficient = 0.0;     ///< 0: no balance loss
+  std::string balance_form = "global";  ///< as make_balance_loss names them
+  at::Tensor balance_state;             ///< of the step before, where the form has one
+  double z_coefficient = 0.0;           ///< mean over tokens, sum over layers
 };
 
 struct ReferenceStep {
@@ -33,7 +36,8 @@ struct ReferenceStep {
   double balance_loss = 0.0;
   double z_loss = 0.0;
   std::int64_t loss_tokens = 0;
-  at::Tensor gradients;  ///< flat, laid out as parameter_table of the whole model; fp32 or fp64
+  at::Tensor balance_state;  ///< for the next step, where the form has one
+  at::Tensor gradients;      ///< flat, laid out as parameter_table of the whole model; fp32 or fp64
 };
 
 /// One optimizer step's loss and gradients on a single rank, in one micro-batch: mean cross-entropy

@@ -14,6 +14,10 @@
 
 namespace meshloom::model {
 
+namespace detail {
+class AtomicFile;
+}
+
 /// One tensor of a safetensors file.
 struct TensorInfo {
   std::string name;
@@ -77,16 +81,15 @@ class MESHLOOM_API SafetensorsWriter {
   /// @throws InvalidArgument  its shape is not the entry's, or all were written.
   /// @throws IoError          e.g. the disk is full.
   void write(const at::Tensor& tensor);
+  /// Flushes to the disk, still under the temporary name: after it only the rename can fail.
   /// @throws InvalidArgument  entries are left to be written.
+  /// @throws IoError          as write.
+  void finish();
+  /// `finish`, then the rename.
   void commit();
 
  private:
-  void write_bytes(const void* data, std::size_t bytes);
-  [[noreturn]] void fail(const char* what) const;
-
-  std::string path_;
-  std::string temporary_;
-  int file_ = -1;
+  std::unique_ptr<detail::AtomicFile> file_;
   std::vector<TensorInfo> entries_;
   std::size_t next_ = 0;
 };

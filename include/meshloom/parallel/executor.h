@@ -9,6 +9,7 @@
 #include "meshloom/core/export.h"
 #include "meshloom/model/router_balance.h"
 #include "meshloom/model/stage.h"
+#include "meshloom/parallel/ring_exchange.h"
 #include "meshloom/parallel/sample_batch.h"
 #include "meshloom/parallel/span.h"
 #include "meshloom/parallel/zero1.h"
@@ -42,15 +43,19 @@ struct ExecutorOptions {
 };
 
 /// Makes the attention exchange of one micro-batch; the default is RingExchange for D > 1 and
-/// LocalAttention for D = 1.
+/// LocalAttention for D = 1. `buffers` are the executor's, shared by all its micro-batches.
 using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
-    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans)>;
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
+    std::shared_ptr<ExchangeBuffers> buffers)>;
 
+/// @throws NotSupported  the unit's exchange is not built; names it.
 [[nodiscard]] MESHLOOM_API std::unique_ptr<model::AttentionExchange> make_exchange(
-    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans);
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
+    std::shared_ptr<ExchangeBuffers> buffers = {});
 
 /// Interpreter of Programs on tensors, for one rank: a table from instruction to action, and the
-/// micro-batches in flight. The optimizer update is the caller's (`on_step`). Not thread safe.
+/// micro-batches in flight. The optimizer update is the caller's (`on_step`). Every call that it
+/// makes carries step, instruction, slot, unit and samples in the flight recorder. Not thread safe.
 class MESHLOOM_API Executor {
  public:
   /// @param stage  the model chunk of this rank; the caller may share it with other executors
@@ -63,7 +68,13 @@ class MESHLOOM_API Executor {
 
   /// Runs `program` of `plan`. Collective over the HDP axis. Gradients accumulate in `state`, which
   /// is zeroed first; kReduce sums them, kStep calls `on_step`, then gathers parameters.
-  /// @param balance  balance loss of MoE layers; may be null
+  /// @param balance  balance loss of MoE layers; may be null. The `sequence` form's counts are
+  /// summed
+  ///   over the unit here.
+  /// @throws NotSupported     a layout with tp, pp, ep or chunks above 1, or offload: names it;
+  ///   nothing has run.
+  /// @throws InvalidArgument  plan, program and communicator do not belong together; nothing has
+  /// run.
   /// @throws Error  with step, slot, unit and samples added to its text; the communicator is
   ///   aborted with that text, gradients are undefined, parameters are those before the step unless
   ///   kStep had begun.

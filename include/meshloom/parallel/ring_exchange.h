@@ -1,5 +1,10 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
@@ -8,6 +13,17 @@
 #include "meshloom/parallel/span.h"
 
 namespace meshloom::parallel {
+
+/// Transfer buffers that exchanges of one rank take turns with, so that a steady state allocates
+/// nothing: each grows to the largest use and stays. Not thread safe.
+class MESHLOOM_API ExchangeBuffers {
+ public:
+  /// Uninitialised; valid until the next call with this index. @param index  below 5
+  at::Tensor take(std::size_t index, at::IntArrayRef sizes, const at::TensorOptions& options);
+
+ private:
+  std::array<at::Tensor, 5> buffers_;
+};
 
 /// Ring attention over one unit of the HDP axis [BS 7, fig. 14]: keys and values travel around the
 /// unit by grouped point-to-point on the parent communicator, the next block in flight while the
@@ -21,7 +37,9 @@ class MESHLOOM_API RingExchange final : public model::AttentionExchange {
   /// @param hdp    communicator over the HDP axis
   /// @param ranks  the unit's ranks on it, in ring order; contains hdp.rank()
   /// @param spans  told of every transfer and every wait; may be empty
-  RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans = {});
+  /// @param buffers  shared with the rank's other exchanges; none: its own
+  RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans = {},
+               std::shared_ptr<ExchangeBuffers> buffers = {});
 
   model::AttentionOutput forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const model::SequenceBatch& batch,
@@ -34,11 +52,14 @@ class MESHLOOM_API RingExchange final : public model::AttentionExchange {
 
  private:
   [[nodiscard]] int degree() const { return static_cast<int>(ranks_.size()); }
+  /// Own keys and values in the first block buffer.
+  at::Tensor pack(const at::Tensor& k, const at::Tensor& v);
 
   comm::Communicator hdp_;
   std::vector<int> ranks_;
   int index_ = 0;
   SpanSink spans_;
+  std::shared_ptr<ExchangeBuffers> buffers_;
 };
 
 }  // namespace meshloom::parallel

@@ -23,11 +23,15 @@ using SampleLoader = std::function<SampleTokens(std::int64_t sample)>;
 
 /// Member `index`'s share of a unit: slices as DESIGN.md (Plan 9) cuts them, labels shifted before
 /// slicing.
-/// @throws DataError  a document's length or number of targets is not what the plan says.
+/// @param vocabulary  0: unknown
+/// @throws DataError  a document's length or number of targets is not what the plan says, or a
+/// token
+///   lies outside the vocabulary; names the sample.
 [[nodiscard]] MESHLOOM_API model::SequenceBatch build_batch(const plan::StepPlan& plan,
                                                             const plan::Unit& unit, int index,
                                                             const SampleLoader& load,
-                                                            c10::Device device);
+                                                            c10::Device device,
+                                                            std::int64_t vocabulary = 0);
 
 /// A batch of no tokens: what an idle member of a lockstep group runs.
 [[nodiscard]] MESHLOOM_API model::SequenceBatch empty_batch(c10::Device device);

@@ -94,8 +94,6 @@ class Trainer::Impl {
   void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                       StepMetrics& metrics);
   void fit_cost(const std::vector<double>& busy, const std::vector<double>& wait);
-  void before_instruction(const plan::Instruction& instruction);
-  void unit_sum(const plan::Unit& unit, at::Tensor& counts);
   void sum_over_ranks(at::Tensor& tensor);
 
   // A run.

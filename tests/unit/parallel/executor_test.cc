@@ -1,158 +1,182 @@
 #include "meshloom/parallel/executor.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
+#include <functional>
 #include <memory>
-#include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "layout_sweep.h"
 #include "meshloom/comm/backends.h"
-#include "meshloom/core/random.h"
+#include "meshloom/core/error.h"
 #include "meshloom/model/stage.h"
-#include "meshloom/plan/strategy.h"
-#include "meshloom/plan/verifier.h"
 
 namespace meshloom::parallel {
 namespace {
 
-// DESIGN.md, Precision: distributed equals single-process within 1e-10 of each tensor's largest
-// element in fp64, for loss and every gradient.
-constexpr double kParity = 1e-10;
+using sweep::kDense;
+using sweep::kMoe;
 
-constexpr const char* kMoe = R"({
-  "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 61,
-  "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12,
-  "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-  "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": true, "decoder_sparse_step": 1,
-  "mlp_only_layers": [], "hidden_act": "silu", "max_position_embeddings": 4096,
-  "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": false,
-  "initializer_range": 0.2, "router_aux_loss_coef": 0.0})";
-
-constexpr const char* kDense = R"({
-  "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 53,
-  "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3,
-  "num_key_value_heads": 1, "hidden_act": "silu", "max_position_embeddings": 4096,
-  "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": true,
-  "initializer_range": 0.2})";
-
-SampleLoader random_documents(std::vector<std::int64_t> lengths, std::int64_t vocab) {
-  return [lengths = std::move(lengths), vocab](std::int64_t id) {
-    SampleTokens document;
-    for (std::int64_t t = 0; t < lengths[static_cast<std::size_t>(id)]; ++t) {
-      const auto bits =
-          random_bits(static_cast<std::uint64_t>(id) + 7, static_cast<std::uint64_t>(t));
-      document.tokens.push_back(
-          static_cast<std::int32_t>(bits % static_cast<std::uint64_t>(vocab)));
+/// A step of documents of these lengths, ids from `first_id`.
+struct Step {
+  Step(const std::vector<std::int64_t>& lengths, int ranks, std::int64_t capacity,
+       std::int64_t first_id = 0)
+      : config(model::ModelConfig::from_json(kDense)) {
+    problem.step = 12;
+    problem.layout.hdp = ranks;
+    problem.capacity_tokens = capacity;
+    for (const auto length : lengths) {
+      problem.samples.push_back({.id = first_id + std::ssize(problem.samples),
+                                 .tokens = length,
+                                 .loss_tokens = length - 1});
     }
-    return document;
-  };
-}
-
-struct Result {
-  double loss = 0.0;
-  at::Tensor gradients;
-  plan::StepPlan plan;
-};
-
-Result run_layout(const char* config_text, const std::vector<std::int64_t>& lengths, int ranks,
-                  std::int64_t capacity, const std::string& strategy) {
-  const auto config = model::ModelConfig::from_json(config_text);
-  plan::PlanProblem problem;
-  problem.layout.hdp = ranks;
-  problem.capacity_tokens = capacity;
-  for (std::size_t i = 0; i < lengths.size(); ++i) {
-    problem.samples.push_back(
-        {.id = static_cast<std::int64_t>(i), .tokens = lengths[i], .loss_tokens = lengths[i] - 1});
+    plan = plan::make_plan(problem, "balanced");
+    programs = plan::compile(plan, {.layers = static_cast<int>(config.layers)});
+    load = [this](std::int64_t id) {
+      SampleTokens document;
+      for (const auto& sample : problem.samples) {
+        if (sample.id != id) continue;
+        for (std::int64_t t = 0; t < sample.tokens; ++t) {
+          document.tokens.push_back(static_cast<std::int32_t>((t * t + id) % config.vocab_size));
+        }
+      }
+      return document;
+    };
   }
-  Result result;
-  result.plan = plan::make_plan(problem, strategy);
-  const auto programs =
-      plan::compile(result.plan, {.layers = static_cast<int>(config.layers), .schedule = "1f1b"});
-  plan::verify(result.plan, programs);
-  std::mutex mutex;
-  comm::run_thread_ranks(ranks, [&](comm::Communicator hdp) {
+
+  Step(const Step&) = delete;
+  Step& operator=(const Step&) = delete;
+
+  /// Runs the step on a rank.
+  void run(const comm::Communicator& hdp, ExecutorOptions options = {},
+           const SampleLoader& loader = {}) const {
     std::shared_ptr<model::Stage> stage =
         model::build_stage(config, {0, config.layers}, true, true);
-    Zero1 state(stage->parameters(), hdp, at::kDouble, at::kCPU);
-    auto values = at::empty({stage->parameters().elements}, at::TensorOptions().dtype(at::kDouble));
-    model::initialize_(values, stage->parameters(), config.initializer_range, 3);
-    state.assign(values);
-    Executor executor(stage, hdp);
-    const auto outcome =
-        executor.run(result.plan, programs[static_cast<std::size_t>(hdp.rank())],
-                     random_documents(lengths, config.vocab_size), state, nullptr, [] {});
-    state.reduce_to_all();  // gradients() still holds this rank's own sums
-    const std::lock_guard lock(mutex);
-    result.loss += outcome.loss_sum / static_cast<double>(result.plan.total_loss_tokens());
-    if (hdp.rank() == 0) result.gradients = state.gradients().clone();
-  });
-  return result;
-}
-
-void expect_equal(const char* config_text, const Result& given, const Result& expected) {
-  EXPECT_NEAR(given.loss, expected.loss, kParity * expected.loss);
-  const auto config = model::ModelConfig::from_json(config_text);
-  const auto stage = model::build_stage(config, {0, config.layers}, true, true);
-  for (const auto& spec : stage->parameters().parameters) {
-    const auto a = given.gradients.narrow(0, spec.offset, spec.elements());
-    const auto b = expected.gradients.narrow(0, spec.offset, spec.elements());
-    const double largest = b.abs().max().item<double>();
-    ASSERT_GT(largest, 0.0) << spec.name << " has no gradient: the test would prove nothing";
-    EXPECT_LE(a.sub(b).abs().max().item<double>(), kParity * largest) << spec.name;
+    Zero1 state(stage->parameters(), hdp, at::kFloat, at::kCPU);
+    Executor executor(stage, hdp, std::move(options));
+    (void)executor.run(plan, programs.at(static_cast<std::size_t>(hdp.rank())),
+                       loader ? loader : load, state, nullptr, [] {});
   }
+
+  model::ModelConfig config;
+  plan::PlanProblem problem;
+  plan::StepPlan plan;
+  std::vector<plan::Program> programs;
+  SampleLoader load;
+};
+
+std::string message_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
 }
 
-void sweep(const char* config_text) {
-  for (const int ranks : {1, 2, 3, 4, 5, 7, 8}) {
-    // Length 1, primes, shorter than the rank count, and one that fills all ranks.
-    const std::int64_t capacity = 24;
-    const std::vector<std::int64_t> lengths{1, 2, 13, 23, 5, capacity * ranks, 17, 7, 3, 1};
-    const auto expected = run_layout(config_text, lengths, 1, 1 << 12, "balanced");
-    for (const char* strategy : {"static", "naive_hdp", "balanced"}) {
-      SCOPED_TRACE(std::to_string(ranks) + " ranks, " + strategy);
-      const auto given = run_layout(config_text, lengths, ranks, capacity, strategy);
-      expect_equal(config_text, given, expected);
+TEST(Executor, LayoutsThatAreNotBuiltAreRefusedByName) {
+  const auto world = comm::make_thread_world(1);
+  const auto refused = [&](auto change, const char* expected) {
+    Step step({5, 9}, 1, 32);
+    change(step.plan);
+    try {
+      step.run(world[0]);
+      ADD_FAILURE() << expected << " was not refused";
+    } catch (const NotSupported& error) {
+      EXPECT_NE(std::string(error.what()).find(expected), std::string::npos) << error.what();
     }
+  };
+  refused([](auto& plan) { plan.layout.tp = 2; }, "tensor parallelism (tp) is not built");
+  refused([](auto& plan) { plan.layout.pp = 2; }, "pipeline parallelism (pp) is not built");
+  refused([](auto& plan) { plan.layout.ep = 2; }, "expert parallelism (ep) is not built");
+  refused([](auto& plan) { plan.layout.chunks = 2; }, "more than one model chunk");
+  refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
+  refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kUlysses; },
+          "exchange \"ulysses\" is not built");
+  EXPECT_EQ(world[0].traffic().size(), 0U) << "nothing has run";
+}
+
+TEST(Executor, InstructionsThatAreNotBuiltAreRefusedByName) {
+  for (const auto op : {plan::Op::kSend, plan::Op::kReceive, plan::Op::kWeightGradient}) {
+    const auto world = comm::make_thread_world(1);
+    Step step({5, 9}, 1, 32);
+    step.programs[0].instructions.insert(step.programs[0].instructions.begin(), {.op = op});
+    const auto message = message_of([&] { step.run(world[0]); });
+    EXPECT_NE(message.find("instruction \"" + std::string(plan::to_string(op)) + "\" is not built"),
+              std::string::npos)
+        << message;
   }
 }
 
-TEST(Executor, MixtureOfExpertsEqualsOneRankUnderAnyLayout) { sweep(kMoe); }
+TEST(Executor, PlansOfAnotherWorldAreRefused) {
+  const auto world = comm::make_thread_world(2);
+  const Step one({5, 9}, 1, 32);
+  EXPECT_NE(message_of([&] { one.run(world[0]); }).find("hdp of the plan"), std::string::npos);
+  Step swapped({60, 9}, 2, 64);
+  std::swap(swapped.programs[0], swapped.programs[1]);
+  EXPECT_NE(message_of([&] { swapped.run(world[0]); }).find("rank of the program"),
+            std::string::npos);
+}
 
-TEST(Executor, DenseModelEqualsOneRankUnderAnyLayout) { sweep(kDense); }
+TEST(Executor, EveryCallCarriesInstructionSlotUnitAndSamplesInTheFlightRecorder) {
+  const Step step({60, 60}, 2, 32, 40);
+  comm::run_thread_ranks(2, [&](comm::Communicator hdp) {
+    step.run(hdp);
+    std::set<std::string> seen;
+    for (const auto& record : hdp.recorder().records()) {
+      seen.insert(record.purpose + ": " + record.context);
+    }
+    // 60 tokens on ranks that hold 32: each document is a unit of both, in its own slot.
+    for (const char* expected : {
+             "exchange: step 12, forward, slot 0, unit 0 (ranks 0,1; samples 4",
+             "exchange: step 12, backward, slot 0, unit 0 (ranks 0,1; samples 4",
+             "exchange: step 12, forward, slot 1, unit 0 (ranks 0,1; samples 4",
+             "gradients: step 12, reduce",
+             "parameters: step 12, step",
+         }) {
+      const auto found = seen.lower_bound(expected);
+      EXPECT_TRUE(found != seen.end() && found->starts_with(expected)) << expected;
+    }
+    EXPECT_EQ(seen.count("exchange: "), 0U) << "a call without its context";
+    hdp.barrier().wait();
+    EXPECT_EQ(hdp.recorder().records().back().context, "") << "the step's context stays behind";
+  });
+}
+
+TEST(Executor, TokensOutsideTheVocabularyAreRefusedByName) {
+  const auto world = comm::make_thread_world(1);
+  const Step step({5, 9}, 1, 32, 70);
+  for (const std::int32_t bad : {-1, 53}) {
+    const auto message = message_of([&] {
+      step.run(world[0], {}, [&](std::int64_t id) {
+        auto document = step.load(id);
+        if (id == 71) document.tokens[4] = bad;
+        return document;
+      });
+    });
+    EXPECT_NE(message.find("sample 71: token " + std::to_string(bad) +
+                           " at position 4 is outside the vocabulary of 53"),
+              std::string::npos)
+        << message;
+  }
+}
 
 TEST(Executor, FailureNamesStepSlotUnitAndSamplesOnEveryRank) {
-  const auto config = model::ModelConfig::from_json(kDense);
-  plan::PlanProblem problem;
-  problem.step = 12;
-  problem.layout.hdp = 2;
-  problem.capacity_tokens = 32;
-  problem.samples = {{.id = 5, .tokens = 60, .loss_tokens = 59}};
-  const auto plan = plan::make_plan(problem, "balanced");
-  const auto programs = plan::compile(plan, {.layers = 2, .schedule = "1f1b"});
+  const Step step({60}, 2, 32, 5);
   std::vector<std::string> messages(2);
-  const auto body = [&](comm::Communicator hdp) {
-    std::shared_ptr<model::Stage> stage = model::build_stage(config, {0, 2}, true, true);
-    Zero1 state(stage->parameters(), hdp, at::kFloat, at::kCPU);
+  comm::run_thread_ranks(2, [&](comm::Communicator hdp) {
     ExecutorOptions options;
     options.before = [&](const plan::Instruction& instruction) {
       if (hdp.rank() == 1 && instruction.op == plan::Op::kBackward) {
         throw DataError("test", "planted failure");
       }
     };
-    Executor executor(stage, hdp, options);
-    try {
-      (void)executor.run(plan, programs[static_cast<std::size_t>(hdp.rank())],
-                         random_documents({0, 0, 0, 0, 0, 60}, config.vocab_size), state, nullptr,
-                         [] {});
-    } catch (const Error& error) {
-      messages[static_cast<std::size_t>(hdp.rank())] = error.what();
-    }
-  };
-  comm::run_thread_ranks(2, body);
+    messages[static_cast<std::size_t>(hdp.rank())] =
+        message_of([&] { step.run(hdp, std::move(options)); });
+  });
   for (const char* part :
        {"step 12", "backward", "slot 0", "unit 0", "samples 5", "rank 1/2", "planted failure"}) {
     EXPECT_NE(messages[1].find(part), std::string::npos) << part << " in: " << messages[1];

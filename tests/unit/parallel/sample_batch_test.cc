@@ -66,6 +66,14 @@ TEST(SampleBatch, RefusesDocumentsThatAreNotThePlans) {
   const auto& unit = plan.slots[0].units[0];
   const auto shorter = [](std::int64_t) { return tokens_from(0, 5); };
   EXPECT_THROW((void)build_batch(plan, unit, 0, shorter, at::kCPU), DataError);
+  const auto wild = [](std::int64_t id) { return tokens_from(id == 4 ? 0 : 3, id == 4 ? 10 : 5); };
+  try {
+    (void)build_batch(plan, unit, 0, wild, at::kCPU, 9);
+    ADD_FAILURE() << "a token outside the vocabulary passed";
+  } catch (const DataError& error) {
+    EXPECT_NE(std::string(error.what()).find("sample 4: token 9 at position 9"), std::string::npos)
+        << error.what();
+  }
   const auto all_targets = [](std::int64_t id) { return tokens_from(0, id == 4 ? 10 : 5); };
   EXPECT_THROW((void)build_batch(plan, unit, 0, all_targets, at::kCPU), DataError);
 }

@@ -4,7 +4,12 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
+#include <c10/core/Allocator.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
 
 #include "meshloom/comm/backends.h"
 
@@ -69,6 +74,35 @@ TEST(Zero1, MastersKeepWhatBfloat16Drops) {
       state.gather();
     }
     EXPECT_EQ(state.values()[0].item<double>(), 1.0 + 0x1p-7);
+  });
+}
+
+TEST(Zero1, GatherWritesParametersInPlace) {
+  // An all-gather of its own would need a second buffer of the model's size each step.
+  class Log final : public c10::MemoryReportingInfoBase {
+   public:
+    void reportMemoryUsage(void* /*pointer*/, std::int64_t bytes, std::size_t /*allocated*/,
+                           std::size_t /*reserved*/, c10::Device /*device*/) override {
+      largest = std::max(largest, bytes);
+    }
+    bool memoryProfilingEnabled() const override { return true; }
+    std::int64_t largest = 0;
+  };
+  comm::run_thread_ranks(3, [](comm::Communicator group) {
+    Zero1 state(table_of(3000), group, at::kFloat, at::kCPU);
+    state.assign(at::ones({3000}, at::TensorOptions().dtype(at::kFloat)));
+    state.master().add_(group.rank());
+    const void* address = state.values().const_data_ptr();
+    const auto log = std::make_shared<Log>();
+    {
+      const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, log);
+      state.gather();
+    }
+    EXPECT_LT(log->largest, 1000);
+    EXPECT_EQ(state.values().const_data_ptr(), address);
+    for (int rank = 0; rank < 3; ++rank) {
+      EXPECT_TRUE(state.values().narrow(0, 1000 * rank, 1000).eq(1.0 + rank).all().item<bool>());
+    }
   });
 }
 

@@ -1,0 +1,67 @@
+// The sweep of layouts_test.cc with processes as ranks, under mpirun.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <optional>
+#include <string>
+
+#include "layout_sweep.h"
+#include "meshloom/comm/backends.h"
+
+namespace meshloom::parallel::sweep {
+namespace {
+
+std::optional<comm::Communicator> mpi_world;  // tests take no arguments
+
+/// The step on the first `ranks` processes, the others idle.
+void expect_equal(const Setting& setting, const char* strategy, int ranks) {
+  SCOPED_TRACE(std::string(strategy) + ", " + std::to_string(ranks) + " ranks");
+  auto hdp = mpi_world->split(mpi_world->rank() < ranks ? 0 : -1, mpi_world->rank(), "hdp");
+  if (!hdp) return;
+  const auto texts = documents(ranks, model::ModelConfig::from_json(setting.config).vocab_size);
+  const auto plan = plan::make_plan(problem_of(texts, ranks), strategy);
+  EXPECT_EQ(run_and_compare(setting, plan, texts, solve_alone(setting, texts), *hdp), "")
+      << "rank " << hdp->rank() << " of " << hdp->size();
+}
+
+TEST(LayoutsMpi, EveryStrategyEqualsOneRank) {
+  for (const char* strategy : {"static", "naive_hdp", "balanced", "bytescale"}) {
+    for (const char* config : {kMoe, kDense}) {
+      expect_equal({.config = config}, strategy, mpi_world->size());
+    }
+  }
+}
+
+TEST(LayoutsMpi, EveryRankCountEqualsOneRank) {
+  for (int ranks = 1; ranks < mpi_world->size(); ++ranks) {
+    expect_equal({.config = kMixtral}, "balanced", ranks);
+  }
+}
+
+TEST(LayoutsMpi, BalanceAndZLossesEqualOneRank) {
+  for (const char* form : {"sequence", "global", "global_lagged"}) {
+    expect_equal({.config = kMoe, .balance = form, .z_loss = 0.02}, "balanced", mpi_world->size());
+  }
+}
+
+}  // namespace
+}  // namespace meshloom::parallel::sweep
+
+// Every rank runs every test in the same order; one failed rank fails the program on all.
+int main(int argc, char** argv) {
+  namespace comm = meshloom::comm;
+  auto& world = meshloom::parallel::sweep::mpi_world;
+  ::testing::InitGoogleTest(&argc, argv);
+  world.emplace(comm::make_mpi_world({.timeout = std::chrono::seconds(60)}));
+  if (world->rank() != 0) {
+    auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
+    delete listeners.Release(listeners.default_result_printer());
+  }
+  auto result = at::full({1}, RUN_ALL_TESTS() == 0 ? 0 : 1, at::kInt);
+  world->all_reduce_(result, comm::ReduceOp::kMax).wait();
+  const int code = result[0].item<int>();
+  world.reset();
+  return code;
+}
