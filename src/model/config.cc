@@ -3,17 +3,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
 #include <string_view>
 
 #include "meshloom/core/error.h"
 #include "meshloom/model/parameters.h"
 #include "model/internal/families.h"
+#include "model/internal/files.h"
 
 namespace meshloom::model {
 namespace {
@@ -404,10 +402,7 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
 }
 
 ModelConfig ModelConfig::load(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw IoError(kConfigWhere, fmt::format("{}: cannot open the file", path));
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (file.bad()) throw IoError(kConfigWhere, fmt::format("{}: cannot read the file", path));
+  const std::string text = detail::read_file(path, kConfigWhere);
   const auto message = [&](const Error& error) {
     return path + ": " + std::string(error.what()).substr(error.where().size() + 3);
   };

@@ -10,7 +10,7 @@
 #include <set>
 
 #include "meshloom/core/check.h"
-#include "model/internal/atomic_file.h"
+#include "model/internal/files.h"
 
 namespace meshloom::model {
 namespace {

@@ -10,12 +10,12 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "meshloom/core/check.h"
 #include "meshloom/model/safetensors.h"
+#include "model/internal/files.h"
 #include "model/internal/safetensors_format.h"
 
 namespace meshloom::model {
@@ -248,13 +248,12 @@ SafetensorsFolder::SafetensorsFolder(const std::string& folder) {
     return;
   }
   const fs::path index = root / "model.safetensors.index.json";
-  std::ifstream stream(index, std::ios::binary);
-  if (!stream) {
+  if (!fs::exists(index)) {
     throw IoError(
         kSafetensorsWhere,
         fmt::format("{}: neither model.safetensors nor model.safetensors.index.json", folder));
   }
-  const std::string text{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  const std::string text = detail::read_file(index.string(), kSafetensorsWhere);
   const HeaderJson parsed = parse_strictly(index.string(), text.data(), text.data() + text.size());
   const auto map = parsed.find("weight_map");
   const auto bad = [&](const std::string& what) {

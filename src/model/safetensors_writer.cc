@@ -6,7 +6,7 @@
 
 #include "meshloom/core/check.h"
 #include "meshloom/model/safetensors.h"
-#include "model/internal/atomic_file.h"
+#include "model/internal/files.h"
 #include "model/internal/safetensors_format.h"
 
 namespace meshloom::model {

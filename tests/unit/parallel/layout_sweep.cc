@@ -21,8 +21,9 @@ namespace {
 constexpr double kBalanceCoefficient = 0.3;
 constexpr std::uint64_t kSeed = 3;
 
-at::Tensor initial_values(const model::ModelConfig& config, const model::ParameterTable& table) {
-  auto values = at::empty({table.elements}, at::TensorOptions().dtype(at::kDouble));
+at::Tensor initial_values(const model::ModelConfig& config, const model::ParameterTable& table,
+                          at::ScalarType dtype) {
+  auto values = at::empty({table.elements}, at::TensorOptions().dtype(dtype));
   model::initialize_(values, table, config.initializer_range, kSeed);
   return values;
 }
@@ -106,7 +107,7 @@ plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int 
 Expected solve_alone(const Setting& setting, const std::vector<model::Document>& documents) {
   const auto config = model::ModelConfig::from_json(setting.config);
   const auto table = model::parameter_table(config, {0, config.layers}, true, true);
-  const auto values = initial_values(config, table);
+  const auto values = initial_values(config, table, setting.dtype);
   auto options = options_of(setting);
   Expected expected;
   if (setting.balance == "global_lagged") {
@@ -129,8 +130,8 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   const auto& program = programs[static_cast<std::size_t>(hdp.rank())];
   std::shared_ptr<model::Stage> stage = model::build_stage(config, {0, config.layers}, true, true);
   const auto& table = stage->parameters();
-  Zero1 state(table, hdp, at::kDouble, at::kCPU);
-  state.assign(initial_values(config, table));
+  Zero1 state(table, hdp, setting.dtype, at::kCPU);
+  state.assign(initial_values(config, table, setting.dtype));
   ExecutorOptions options;
   options.z_loss_coefficient = setting.z_loss;
   Executor executor(stage, hdp, options);
@@ -158,13 +159,14 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   state.reduce_to_all();
 
   std::ostringstream wrong;
+  const double parity = setting.dtype == at::kDouble ? kParity : kSingleParity;
   const double loss =
       sum_over_ranks(hdp, outcome.loss_sum) / static_cast<double>(plan.total_loss_tokens()) +
       setting.z_loss * sum_over_ranks(hdp, outcome.z_loss_sum) /
           static_cast<double>(plan.total_tokens()) +
       sum_over_ranks(hdp, balance ? balance->loss() : 0.0);
   const auto& step = expected.step;
-  if (!(std::abs(loss - step.loss) <= kParity * step.loss)) {
+  if (!(std::abs(loss - step.loss) <= parity * step.loss)) {
     wrong << "loss " << loss << ", one rank has " << step.loss << "; ";
   }
   if (step.balance_state.defined() && !balance->state().equal(step.balance_state)) {
@@ -180,7 +182,7 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
     const double largest = b.abs().max().item<double>();
     const double error = a.sub(b).abs().max().item<double>();
     if (!(largest > 0.0)) wrong << spec.name << " has no gradient: the test proves nothing; ";
-    if (!(error <= kParity * largest))
+    if (!(error <= parity * largest))
       wrong << spec.name << " is off by " << error / largest << "; ";
   }
   return wrong.str();

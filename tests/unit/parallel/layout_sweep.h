@@ -21,6 +21,7 @@ namespace meshloom::parallel::sweep {
 // DESIGN.md, Precision: distributed equals single-process within 1e-10 of each tensor's largest
 // element in fp64, for loss and every gradient.
 inline constexpr double kParity = 1e-10;
+inline constexpr double kSingleParity = 1e-5;  // the same in fp32
 
 inline constexpr std::int64_t kCapacity = 24;
 
@@ -41,6 +42,7 @@ struct Setting {
   const char* config = kMoe;
   std::string balance = "none";  ///< form of the balance loss
   double z_loss = 0.0;
+  at::ScalarType dtype = at::kDouble;  ///< or fp32, compared with one rank in fp32
 };
 
 struct Expected {

@@ -66,12 +66,12 @@ TEST(Layouts, DocumentsShorterThanTheirUnitEqualOneRank) {
       auto texts = documents(ranks, vocabulary_of(setting));
       expect_equal(setting, one_unit(texts, ranks, 1), texts, solve_alone(setting, texts));
     }
-    // Two documents of two tokens in all on eight ranks: most members hold nothing.
+    // Seven tokens in four documents on eight ranks: most members hold nothing.
     auto texts = documents(1, vocabulary_of(setting));
-    std::erase_if(texts, [](const auto& document) { return document.tokens.size() > 2; });
-    ASSERT_EQ(texts.size(), 3U);
+    std::erase_if(texts, [](const auto& document) { return document.tokens.size() > 3; });
+    ASSERT_EQ(texts.size(), 4U);
     const auto plan = one_unit(texts, 8, 0);
-    // Too few tokens for every parameter to have a gradient: the loss alone is compared there.
+    // Too few tokens for every expert to have one; its gradient is zero then.
     const auto expected = solve_alone(setting, texts);
     comm::run_thread_ranks(8, [&](comm::Communicator hdp) {
       const auto wrong = run_and_compare(setting, plan, texts, expected, hdp);
@@ -95,6 +95,18 @@ TEST(Layouts, BalanceAndZLossesEqualOneRank) {
           expect_equal(setting, plan, texts, expected);
         }
       }
+    }
+  }
+}
+
+TEST(Layouts, SinglePrecisionEqualsOneRank) {
+  for (const char* config : {kDense, kMoe}) {
+    const Setting setting{.config = config, .dtype = at::kFloat};
+    for (const int ranks : {2, 5, 8}) {
+      SCOPED_TRACE(ranks);
+      const auto texts = documents(ranks, vocabulary_of(setting));
+      const auto plan = plan::make_plan(problem_of(texts, ranks), "balanced");
+      expect_equal(setting, plan, texts, solve_alone(setting, texts));
     }
   }
 }

@@ -1,4 +1,4 @@
-#include "model/internal/atomic_file.h"
+#include "model/internal/files.h"
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -9,6 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <ios>
+#include <iterator>
 #include <utility>
 
 #include "meshloom/core/error.h"
@@ -32,6 +35,16 @@ void sync_folder(const std::string& path) {
 }
 
 }  // namespace
+
+std::string read_file(const std::string& path, const char* where) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw IoError(where, fmt::format("{}: cannot open: {}", path, std::strerror(errno)));
+  try {  // the stream buffer throws where the system cannot read, e.g. a folder
+    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  } catch (const std::ios_base::failure& error) {
+    throw IoError(where, fmt::format("{}: cannot read: {}", path, error.code().message()));
+  }
+}
 
 AtomicFile::AtomicFile(std::string path)
     : path_(std::move(path)),

@@ -5,6 +5,9 @@
 
 namespace meshloom::model::detail {
 
+/// The bytes of a small file. @throws IoError  it cannot be read, or is a folder.
+std::string read_file(const std::string& path, const char* where);
+
 /// A file that appears under its name only once complete: data go to a temporary name beside it,
 /// `finish` flushes them to the disk and `commit` renames. Destroyed before `commit`, it leaves
 /// nothing behind and an older file untouched. All throw IoError, naming `path`.
