@@ -63,7 +63,7 @@ meshloom_compile "$MESHLOOM_BUILD/cmake"
 run_ctest unity "$MESHLOOM_BUILD/cmake"
 
 meshloom_say "Python tests"
-"$MESHLOOM_ENV/bin/python" -m pytest \
+"$MESHLOOM_ENV/bin/python" -m pytest --numprocesses "$MESHLOOM_JOBS" --dist loadfile \
   --junitxml="$results/pytest.xml" ${pattern:+-k "$pattern"} || [ $? -eq 5 ] || failed=1
 
 if [ -n "$full" ]; then

@@ -220,13 +220,15 @@ void bind_trainer(py::module_& module) {
           struct sigaction action {};
           action.sa_handler = [](int) { Trainer::request_stop(); };
           action.sa_flags = SA_RESTART;
+          if (number == SIGINT) action.sa_flags |= static_cast<int>(SA_RESETHAND);
           if (sigaction(number, &action, nullptr) != 0) {
             throw InvalidArgument("train.stop_on_signals",
                                   "signal " + std::to_string(number) + " cannot be handled");
           }
         }
       },
-      py::arg("signals"), "From now on these signals mean Trainer.request_stop().");
+      py::arg("signals"),
+      "From now on these signals mean Trainer.request_stop(); a second SIGINT ends the process.");
 }
 
 void bind_gradients(py::module_& module) {
