@@ -16,6 +16,7 @@ if(MESHLOOM_HAS_TORCH)
       bindings/core/data.cc
       bindings/core/model.cc
       bindings/core/module.cc
+      bindings/core/parallel.cc
       bindings/core/train.cc
     LIBRARIES meshloom::meshloom LibTorch::torch_python LibTorch::torch_cpu)
   target_compile_definitions(_core PRIVATE AT_PER_OPERATOR_HEADERS)

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from meshloom.planning import register_strategy as register_strategy
     from meshloom.planning import strategy_names as strategy_names
     from meshloom.planning import verify as verify
+    from meshloom.session import PlannedUnit as PlannedUnit
+    from meshloom.session import PlanSession as PlanSession
+    from meshloom.session import attention as attention
     from meshloom.training import (
         AdamWOptions as AdamWOptions,
         CheckpointSection as CheckpointSection,
@@ -69,7 +72,7 @@ if TYPE_CHECKING:
 
 __version__: str = VERSION
 
-_MODULES = ("data", "launch", "planning", "training")
+_MODULES = ("data", "integrations", "launch", "planning", "session", "training")
 
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {
@@ -93,6 +96,7 @@ _LAZY: dict[str, str] = {
         ),
         "meshloom._plan",
     ),
+    **dict.fromkeys(("PlanSession", "PlannedUnit", "attention"), "meshloom.session"),
     **dict.fromkeys(
         (
             "AdamWOptions",

@@ -29,24 +29,6 @@ train_sentencepiece = _core.train_sentencepiece
 AnyTokenizer: TypeAlias = "Tokenizer | str | os.PathLike[str]"
 """A tokenizer, or the path of one."""
 
-__all__ = [
-    "Document",
-    "DocumentRef",
-    "Loader",
-    "Source",
-    "StepMembership",
-    "Tokenizer",
-    "cached",
-    "concatenate",
-    "documents",
-    "jsonl",
-    "load_sentencepiece",
-    "load_tokenizer",
-    "text_folder",
-    "train_sentencepiece",
-]
-
-
 def _paths(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
     if isinstance(paths, (str, os.PathLike)):
         return [os.fspath(paths)]

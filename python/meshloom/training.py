@@ -30,27 +30,6 @@ Trainer = _core.Trainer
 gradients = _core.gradients
 run_thread_ranks = _core.run_thread_ranks
 
-__all__ = [
-    "AdamWOptions",
-    "CheckpointSection",
-    "Communicator",
-    "DataSection",
-    "GradientsOptions",
-    "GradientsResult",
-    "GroupOptions",
-    "ModelConfig",
-    "ModelSection",
-    "ParameterRule",
-    "ScheduleOptions",
-    "StepMetrics",
-    "TrainConfig",
-    "Trainer",
-    "gradients",
-    "make_trainer",
-    "make_world",
-    "run_thread_ranks",
-]
-
 
 def make_world(
     backend: str | None = None, options: GroupOptions | None = None

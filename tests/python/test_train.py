@@ -153,6 +153,40 @@ def test_stopped_by_a_signal_it_saves_and_continues(
     assert continued == pytest.approx(losses(tmp_path / "straight"), **SAME)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_to_a_rank_save_and_end(
+    build_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    write_corpus(tmp_path / "corpus.jsonl")
+    config = write_config(tmp_path / "config.yaml", steps=100_000, save_plans=False)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meshloom", "train", str(config)],
+        env=running.environment(build_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )
+    deadline = time.monotonic() + running.LIMIT
+    while time.monotonic() < deadline and not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=running.LIMIT)
+    assert process.returncode == 0, errors
+    steps = len(losses(tmp_path / "run"))
+    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert saved == [f"step-{steps:08}"]
+
+
+def test_tensorboard_reads_the_events(build_dir: Path, config: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    meshloom(build_dir, "train", config)
+    events = EventAccumulator(str(config.parent / "run"))
+    events.Reload()
+    tag = next(tag for tag in events.Tags()["scalars"] if tag.split("/")[-1] == "loss")
+    scalars = events.Scalars(tag)
+    assert [event.step for event in scalars] == [0, 1, 2, 3]
+    assert [event.value for event in scalars] == pytest.approx(losses(config.parent / "run"), rel=1e-6)
+
+
 def test_resume_on_another_number_of_ranks(build_dir: Path, config: Path, reference: list[float]) -> None:
     """Two steps on 4 ranks, the rest on 3: the same losses as one rank throughout."""
     folder = config.parent

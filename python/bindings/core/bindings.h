@@ -7,6 +7,7 @@ namespace meshloom::bindings {
 void bind_comm(pybind11::module_& module);
 void bind_model(pybind11::module_& module);
 void bind_data(pybind11::module_& module);
+void bind_parallel(pybind11::module_& module);
 void bind_train(pybind11::module_& module);
 
 }  // namespace meshloom::bindings

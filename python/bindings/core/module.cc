@@ -13,5 +13,6 @@ PYBIND11_MODULE(_core, module) {
   meshloom::bindings::bind_comm(module);
   meshloom::bindings::bind_model(module);
   meshloom::bindings::bind_data(module);
+  meshloom::bindings::bind_parallel(module);
   meshloom::bindings::bind_train(module);
 }

@@ -1,0 +1,1 @@
+"""Other people's models under Meshloom's plans."""
