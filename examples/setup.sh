@@ -277,8 +277,9 @@ meshloom_build_package() {
   meshloom_step install.txt "installing the package into build/env" \
     "If the log does not help: rm -r build/cmake build/env, and run this again." \
     "$MESHLOOM_ENV/bin/python" -m pip install --disable-pip-version-check --no-deps \
-    --no-build-isolation --force-reinstall "$MESHLOOM_ROOT" -Cbuild-dir="$MESHLOOM_BUILD/cmake" \
-    -Ccmake.define.MESHLOOM_WERROR="$(meshloom_werror)"
+    --no-build-isolation --force-reinstall "$MESHLOOM_ROOT" \
+    --config-settings build-dir="$MESHLOOM_BUILD/cmake" \
+    --config-settings cmake.define.MESHLOOM_WERROR="$(meshloom_werror)"
   [ -x "$MESHLOOM_ENV/bin/meshloom" ] ||
     meshloom_fail "the package was installed without its command build/env/bin/meshloom"
   echo "$key" > "$stamp"

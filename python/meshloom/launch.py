@@ -99,7 +99,7 @@ class ErrorFilter:
                 return []
             self._seen.add(text)
             return [f"error: {text}"]
-        return [line]
+        return [] if line.startswith("mpirun: Forwarding signal") else [line]
 
     def rest(self) -> list[str]:
         """Lines of a block that never ended."""
