@@ -269,7 +269,7 @@ TEST(SafetensorsWriter, FullDiskNamesTheFileAndLeavesTheFormerOneWhole) {
 
 // --- folders --------------------------------------------------------------------------------
 
-class SafetensorsFolderTest : public testing::Test {
+class SafetensorsFolderTest : public ::testing::Test {
  protected:
   void SetUp() override {
     save_safetensors(folder_.file("one.safetensors"), {{"a", at::ones({2}, at::kFloat)}});
