@@ -89,7 +89,8 @@ CASES = {
 
 
 def reference_program() -> Path:
-    build = Path(os.environ["MESHLOOM_BUILD_DIR"])
+    default = Path(__file__).parents[2] / "build" / "cmake"  # as in conftest.py
+    build = Path(os.environ.get("MESHLOOM_BUILD_DIR", default))
     return build / "tests" / "unit" / "model" / "model_reference"
 
 

@@ -109,8 +109,9 @@ def test_transformers_opens_what_we_save(case, shard_bytes, tmp_path):
 
 # --- configs ------------------------------------------------------------------------------------
 
+# As many heads as the defaults of some families have key-value heads.
 SIZES = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=32
 )
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
 # Not ours to keep: what transformers says of itself, and keys that change no training step.
@@ -135,6 +136,8 @@ def assert_same_config(original: dict, ours: dict) -> None:
             continue
         if key == "head_dim" and value is None:
             value = original["hidden_size"] // original["num_attention_heads"]
+        if key == "rope_parameters" and value["rope_type"] == "yarn":
+            value = {"beta_fast": 32.0, "beta_slow": 1.0} | value  # its defaults, spelled out
         assert ours.get(key) == value, f"{key}: {ours.get(key)} for {value}"
     assert layers_with_experts(ours) == layers_with_experts(original)
 
