@@ -8,7 +8,7 @@ import datetime
 import meshloom._plan
 import torch
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class Work:
     """
     One started operation; copies share it.
@@ -364,6 +364,29 @@ class Loader:
         ...
     @property
     def fingerprint(self) -> str:
+        ...
+class UnitShare:
+    """
+    This rank's share of one unit. All ranks of the unit make the same calls, in the same order.
+    """
+    def __init__(self, plan: meshloom._plan.StepPlan, slot: typing.SupportsInt, unit: typing.SupportsInt, hdp: Communicator, documents: collections.abc.Mapping[typing.SupportsInt, Document], device: torch.device) -> None:
+        ...
+    def attention_backward(self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: typing.SupportsFloat, window: typing.SupportsInt) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        (dq, dk, dv).
+        """
+    def attention_forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: typing.SupportsFloat, window: typing.SupportsInt) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        (out [T, Hq, D], lse [Hq, T]) of causal attention over whole documents.
+        """
+    @property
+    def labels(self) -> torch.Tensor:
+        ...
+    @property
+    def positions(self) -> torch.Tensor:
+        ...
+    @property
+    def tokens(self) -> torch.Tensor:
         ...
 class AdamWOptions:
     """
@@ -865,7 +888,7 @@ def run_thread_ranks(size: typing.SupportsInt, body: collections.abc.Callable[[C
     """
 def stop_on_signals(signals: collections.abc.Sequence[typing.SupportsInt]) -> None:
     """
-    From now on these signals mean Trainer.request_stop().
+    From now on these signals mean Trainer.request_stop(); a second SIGINT ends the process.
     """
 def text_folder(paths: collections.abc.Sequence[str], tokenizer: Tokenizer, *, extensions: collections.abc.Sequence[str] = [], add_bos: bool = False, add_eos: bool = True, invalid_utf8: str = 'error') -> Source:
     ...

@@ -30,7 +30,7 @@ FAMILIES = {
 }
 
 PROGRAM = """
-import json, sys, torch
+import json, sys, threading, torch
 sys.path.insert(0, {tests!r})
 import transformers_oracle as oracle
 import meshloom as ml
@@ -42,11 +42,17 @@ torch.set_num_threads(1)
 transformers.register()
 documents = [json.loads(line) for line in open({documents!r})]
 
+loading = threading.Lock()  # transformers changes torch's default dtype while it loads
+
 def rank(world):
-    model = AutoModelForCausalLM.from_pretrained({model!r}, attn_implementation="meshloom", dtype=torch.float64)
+    with loading:
+        model = AutoModelForCausalLM.from_pretrained(
+            {model!r}, attn_implementation="meshloom", experts_implementation="eager", dtype=torch.float64
+        )
+        oracle._refresh_rotary(model)
+    world.barrier().wait()
     session = ml.PlanSession(world, capacity_tokens=-(-128 // world.size), strategy={strategy!r})
     loss = torch.zeros((), dtype=torch.float64)
-    oracle._refresh_rotary(model)
     for unit in session.plan(documents):
         part = unit.weighted_loss(model(**unit.inputs).logits)
         part.backward()
