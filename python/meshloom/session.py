@@ -28,7 +28,7 @@ else:
 _BUCKET_ELEMENTS = 1 << 24
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, share: Any, scale: float, window: int
@@ -163,7 +163,7 @@ class PlanSession:
             for index, unit in enumerate(placed.units):
                 if self.world.rank not in unit.ranks:
                     continue
-                mine = {sample: documents[sample] for sample in unit.samples}
+                mine: Any = {sample: documents[sample] for sample in unit.samples}
                 share = _core.UnitShare(plan, slot, index, self.world, mine, self._device)
                 yield PlannedUnit(slot, list(unit.ranks), list(unit.samples), share, targets)
 
