@@ -4,6 +4,8 @@ meshloom_add_extension(_plan
     bindings/plan/models.cc
     bindings/plan/module.cc
     bindings/plan/program.cc
+    bindings/plan/schedule.cc
+    bindings/plan/simulator.cc
     bindings/plan/step_plan.cc
     bindings/plan/strategy.cc
     bindings/plan/verifier.cc

@@ -91,7 +91,11 @@ constexpr double kForwardAndBackward = 3.0;
 }  // namespace
 
 Cluster Cluster::from_yaml(const std::string& text, const std::string& name) {
-  Cluster cluster;
+  return from_yaml(text, name, Cluster{});
+}
+
+Cluster Cluster::from_yaml(const std::string& text, const std::string& name, const Cluster& base) {
+  Cluster cluster = base;
   Reader reader(parse(text, name), name, "");
   reader.read("ranks_per_node", cluster.ranks_per_node);
   reader.read("nodes", cluster.nodes);

@@ -32,6 +32,10 @@ class Simulator {
     const int world = plan.layout.world_size();
     MESHLOOM_CHECK_EQ(programs.size(), as_size(world), "sim.simulate", "programs");
     MESHLOOM_CHECK_GT(cluster.ranks_per_node, 0, "sim.simulate", "ranks_per_node");
+    MESHLOOM_CHECK(cluster.nodes == 0 || world <= cluster.nodes * cluster.ranks_per_node,
+                   "sim.simulate",
+                   fmt::format("the plan's {} ranks do not fit {} nodes of {}", world,
+                               cluster.nodes, cluster.ranks_per_node));
     ranks_.resize(as_size(world));
     result_.finish.resize(as_size(world));
     result_.busy.resize(as_size(world));

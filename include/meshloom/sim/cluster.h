@@ -28,10 +28,12 @@ struct MESHLOOM_API Cluster {
   Link host{.bandwidth = 25e9, .latency = 10e-6};     ///< device to host memory, per rank
   double loader_seconds = 0.0;                        ///< of one kLoad that a rank has to wait for
 
-  /// A mapping with these fields, all of them optional; links are {bandwidth: , latency: }. A
+  /// A mapping with these fields over those of `base`; links are {bandwidth: , latency: }. A
   /// `workload` mapping beside them is `Workload::from_yaml`'s.
   /// @throws DataError  not YAML, an unknown key, a wrong type or range; names `name` and key.
   [[nodiscard]] static Cluster from_yaml(const std::string& text, const std::string& name);
+  [[nodiscard]] static Cluster from_yaml(const std::string& text, const std::string& name,
+                                         const Cluster& base);
   /// @throws IoError  the file cannot be read. @throws DataError
   [[nodiscard]] static Cluster load(const std::string& path);
 

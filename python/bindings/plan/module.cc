@@ -11,6 +11,8 @@ PYBIND11_MODULE(_plan, module) {
   meshloom::bindings::bind_models(module);
   meshloom::bindings::bind_step_plan(module);
   meshloom::bindings::bind_strategy(module);
+  meshloom::bindings::bind_schedule(module);
   meshloom::bindings::bind_program(module);
   meshloom::bindings::bind_verifier(module);
+  meshloom::bindings::bind_simulator(module);
 }

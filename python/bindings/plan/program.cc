@@ -3,9 +3,12 @@
 #include <pybind11/operators.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "bindings/plan/topics.h"
+#include "meshloom/plan/schedule.h"
 
 namespace meshloom::bindings {
 
@@ -42,22 +45,27 @@ void bind_program(py::module_& module) {
       .def(py::self == py::self);
   module.def(
       "compile",
-      [](const plan::StepPlan& step_plan, int layers, const std::string& schedule) {
-        const CompileOptions options{.layers = layers, .schedule = schedule};
+      [](const plan::StepPlan& step_plan, int layers, const std::string& schedule,
+         std::shared_ptr<const plan::Schedule> table) {
+        const CompileOptions options{
+            .layers = layers, .schedule = schedule, .table = std::move(table)};
         const py::gil_scoped_release release;
         return plan::compile(step_plan, options);
       },
       py::arg("plan"), py::kw_only(), py::arg("layers") = CompileOptions{}.layers,
-      py::arg("schedule") = CompileOptions{}.schedule, "Programs of all ranks, in rank order.");
+      py::arg("schedule") = CompileOptions{}.schedule, py::arg("table") = py::none(),
+      "Programs of all ranks, in rank order. `table` is a pipeline schedule of one's own.");
   module.def(
       "compile_rank",
-      [](const plan::StepPlan& step_plan, int rank, int layers, const std::string& schedule) {
-        const CompileOptions options{.layers = layers, .schedule = schedule};
+      [](const plan::StepPlan& step_plan, int rank, int layers, const std::string& schedule,
+         std::shared_ptr<const plan::Schedule> table) {
+        const CompileOptions options{
+            .layers = layers, .schedule = schedule, .table = std::move(table)};
         const py::gil_scoped_release release;
         return plan::compile_rank(step_plan, options, rank);
       },
       py::arg("plan"), py::arg("rank"), py::kw_only(), py::arg("layers") = CompileOptions{}.layers,
-      py::arg("schedule") = CompileOptions{}.schedule);
+      py::arg("schedule") = CompileOptions{}.schedule, py::arg("table") = py::none());
 }
 
 }  // namespace meshloom::bindings
