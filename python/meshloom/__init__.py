@@ -77,18 +77,23 @@ _MODULES = ("data", "integrations", "launch", "planning", "session", "training")
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {
     **dict.fromkeys(("plan", "register_strategy", "strategy_names", "verify"), "meshloom.planning"),
+    "simulate": "meshloom.simulation",
     **dict.fromkeys(
         (
             "BalanceStrategy",
+            "Cluster",
             "CostModel",
             "Layout",
             "MemoryModel",
             "PlanProblem",
             "Program",
             "SampleInfo",
+            "Schedule",
             "Slot",
+            "StageAction",
             "StepPlan",
             "Unit",
+            "Workload",
             "check_plan",
             "check_programs",
             "compile",

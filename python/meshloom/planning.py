@@ -24,7 +24,7 @@ from meshloom._plan import (
     verify,
 )
 
-__all__ = ["check_file", "find_strategy", "make_plan", "plan", "register_strategy",
+__all__ = ["check_file", "find_strategy", "make_plan", "plan", "problem_of", "register_strategy",
            "strategy_names", "verify"]
 
 Strategy: TypeAlias = "str | BalanceStrategy"
@@ -110,8 +110,8 @@ def check_file(path: str) -> tuple[StepPlan, list[Violation]]:
     return loaded, violations
 
 
-def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
-    """The same samples on the same mesh by another strategy; None where it cannot serve."""
+def problem_of(plan_of_step: StepPlan) -> PlanProblem:
+    """The problem that a plan solves, to be solved again: change it, then `make_plan`."""
     problem = PlanProblem()
     problem.step = plan_of_step.step
     problem.layout = plan_of_step.layout
@@ -120,7 +120,12 @@ def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
     problem.cost = plan_of_step.cost
     problem.memory = plan_of_step.memory
     problem.samples = plan_of_step.samples
+    return problem
+
+
+def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
+    """The same samples on the same mesh by another strategy; None where it cannot serve."""
     try:
-        return make_plan(problem, strategy)
+        return make_plan(problem_of(plan_of_step), strategy)
     except (InvalidArgument, PlanError):
         return None

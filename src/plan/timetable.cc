@@ -24,10 +24,26 @@ class Timetable {
         ends_(as_size(3 * pieces_ * slots), kNotYet),
         deferred_(as_size(pieces_ * slots), false) {}
 
-  std::vector<std::vector<StageEvent>> run() {
-    check_placement();
-    check_tables();
-    execute();
+  std::vector<OrderedAction> order() {
+    run_tables();
+    std::vector<std::pair<Key, OrderedAction>> keyed;
+    for (int stage = 0; stage < layout_.pp; ++stage) {
+      for (const auto& [key, event] : keyed_[as_size(stage)]) {
+        if (event.peer_stage >= 0) continue;
+        const StageAction action{event.op, event.chunk, event.slot, event.defer_weight_gradient};
+        keyed.push_back({key, {stage, piece(stage, event.chunk), action}});
+      }
+    }
+    std::sort(keyed.begin(), keyed.end(),
+              [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::vector<OrderedAction> result;
+    result.reserve(keyed.size());
+    for (const auto& entry : keyed) result.push_back(entry.second);
+    return result;
+  }
+
+  std::vector<std::vector<StageEvent>> events() {
+    run_tables();
     std::vector<std::vector<StageEvent>> events(as_size(layout_.pp));
     for (std::size_t stage = 0; stage < events.size(); ++stage) {
       auto& keyed = keyed_[stage];
@@ -39,6 +55,12 @@ class Timetable {
   }
 
  private:
+  void run_tables() {
+    check_placement();
+    check_tables();
+    execute();
+  }
+
   /// Time, transfers before what starts then, and a tie-break that both ends share.
   using Key = std::tuple<int, int, int, int, bool>;
   using Keyed = std::pair<Key, StageEvent>;
@@ -216,7 +238,11 @@ class Timetable {
 
 std::vector<std::vector<StageEvent>> timetable(const Schedule& schedule, const Layout& layout,
                                                int slots) {
-  return Timetable(schedule, layout, slots).run();
+  return Timetable(schedule, layout, slots).events();
+}
+
+std::vector<OrderedAction> global_order(const Schedule& schedule, const Layout& layout, int slots) {
+  return Timetable(schedule, layout, slots).order();
 }
 
 }  // namespace meshloom::plan::detail

@@ -85,8 +85,9 @@ struct MESHLOOM_API StepPlan {
   friend bool operator==(const StepPlan&, const StepPlan&) = default;
 };
 
-/// Fills `predicted.makespan`, `.efficiency` and `.exchange_tokens` from the slots (plan-format);
-/// `lower_bound` from the samples.
+/// Fills `predicted.makespan`, `.efficiency` and `.exchange_tokens` from the slots (plan-format),
+/// `lower_bound` from the samples, and `step_time` where there is a pipeline (in the schedule that
+/// the layout's chunks ask for) or lockstep.
 MESHLOOM_API void predict_(StepPlan& plan);
 
 /// Finish time of every HDP rank when units start in slot order as soon as all their ranks are

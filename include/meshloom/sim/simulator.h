@@ -30,7 +30,7 @@ struct SimulateOptions {
 };
 
 /// All times in seconds, bytes as sent.
-struct Simulation {
+struct MESHLOOM_API Simulation {
   double step_time = 0.0;
   std::vector<double> finish;       ///< [world]
   std::vector<double> busy;         ///< [world] computation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,10 @@ import typer
 
 from meshloom._errors import Error
 from meshloom.cli import common
+from meshloom.cli.options import takes
 
 if TYPE_CHECKING:
-    from meshloom._plan import PlanProblem, StepPlan
+    from meshloom._plan import Layout, PlanProblem, StepPlan
 
 LengthsOption = Annotated[
     str,
@@ -33,6 +35,17 @@ ExchangeOption = Annotated[
 LayersOption = Annotated[
     int, typer.Option("--layers", help="Layers of the model, for offload; 0: no offload.")
 ]
+PipelineOption = Annotated[
+    int | None, typer.Option("--pp", help="Pipeline stages, beside --hdp.", show_default=False)
+]
+ChunksOption = Annotated[
+    int | None,
+    typer.Option("--chunks", help="Model chunks of a stage, beside --hdp.", show_default=False),
+]
+ExpertOption = Annotated[
+    int | None,
+    typer.Option("--ep", help="Ranks of an expert-parallel group, beside --hdp.", show_default=False),
+]
 NodeOption = Annotated[
     int, typer.Option("--ranks-per-node", help="HDP ranks of a node; 0: all in one node.")
 ]
@@ -44,38 +57,56 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Planning")(compare)
 
 
-def _problem(
-    lengths: str,
-    layout: str | None,
-    hdp: int | None,
-    capacity_tokens: int,
-    *,
-    step: int,
-    lockstep: str,
-    quadratic: float,
-    linear: float,
-    fixed: float,
-    exchange_cost: float,
-    layers: int,
-    ranks_per_node: int,
-) -> PlanProblem:
-    from meshloom import _plan
+@dataclasses.dataclass(kw_only=True)
+class ProblemOptions:
+    """What a plan is a function of."""
 
-    problem = _plan.PlanProblem()
-    problem.step = step
-    problem.layout = common.resolve_layout(layout, hdp)
-    problem.capacity_tokens = capacity_tokens
-    problem.lockstep = _plan.parse_lockstep(lockstep)
-    problem.cost = _plan.CostModel(
-        quadratic=quadratic, linear=linear, fixed=fixed, exchange=exchange_cost
-    )
-    problem.memory = _plan.MemoryModel(layers=layers)
-    problem.samples = common.read_samples(lengths)
-    problem.ranks_per_node = ranks_per_node
-    return problem
+    lengths: LengthsOption
+    capacity_tokens: common.CapacityOption
+    hdp: common.HdpOption = None
+    layout: common.LayoutOption = None
+    pp: PipelineOption = None
+    chunks: ChunksOption = None
+    ep: ExpertOption = None
+    lockstep: LockstepOption = "none"
+    quadratic: QuadraticOption = 1.0
+    linear: LinearOption = 24576.0
+    fixed: FixedOption = 0.0
+    exchange_cost: ExchangeOption = 0.0
+    layers: LayersOption = 0
+    ranks_per_node: NodeOption = 0
+    step: StepOption = 0
+
+    def problem(self) -> PlanProblem:
+        from meshloom import _plan
+
+        problem = _plan.PlanProblem()
+        problem.step = self.step
+        problem.layout = self._layout()
+        problem.capacity_tokens = self.capacity_tokens
+        problem.lockstep = _plan.parse_lockstep(self.lockstep)
+        problem.cost = _plan.CostModel(
+            quadratic=self.quadratic, linear=self.linear, fixed=self.fixed,
+            exchange=self.exchange_cost,
+        )
+        problem.memory = _plan.MemoryModel(layers=self.layers)
+        problem.samples = common.read_samples(self.lengths)
+        problem.ranks_per_node = self.ranks_per_node
+        return problem
+
+    def _layout(self) -> Layout:
+        layout = common.resolve_layout(self.layout, self.hdp)
+        sizes = {"pp": self.pp, "chunks": self.chunks, "ep": self.ep}
+        if self.layout is not None and any(size is not None for size in sizes.values()):
+            raise typer.BadParameter("--pp, --chunks and --ep go with --hdp; --layout holds all sizes")
+        for name, size in sizes.items():
+            if size is not None:
+                setattr(layout, name, size)
+        layout.validate()
+        return layout
 
 
-def _summary(plan: StepPlan) -> dict[str, Any]:
+def summary(plan: StepPlan) -> dict[str, Any]:
     units = [unit for slot in plan.slots for unit in slot.units]
     degrees: dict[int, int] = {}
     for unit in units:
@@ -94,23 +125,13 @@ def _summary(plan: StepPlan) -> dict[str, Any]:
     }
 
 
+@takes(ProblemOptions)
 def plan(
-    lengths: LengthsOption,
-    capacity_tokens: common.CapacityOption,
-    hdp: common.HdpOption = None,
-    layout: common.LayoutOption = None,
+    options: ProblemOptions,
     strategy: common.StrategyOption = "balanced",
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Write the plan file here.", show_default=False)
     ] = None,
-    step: StepOption = 0,
-    lockstep: LockstepOption = "none",
-    quadratic: QuadraticOption = 1.0,
-    linear: LinearOption = 24576.0,
-    fixed: FixedOption = 0.0,
-    exchange_cost: ExchangeOption = 0.0,
-    layers: LayersOption = 0,
-    ranks_per_node: NodeOption = 0,
     json: common.JsonOption = False,
 ) -> None:
     """Plan one step: which ranks work together on which samples.
@@ -123,11 +144,7 @@ def plan(
     """
     from meshloom.planning import find_strategy, make_plan
 
-    problem = _problem(
-        lengths, layout, hdp, capacity_tokens, step=step, lockstep=lockstep, quadratic=quadratic,
-        linear=linear, fixed=fixed, exchange_cost=exchange_cost, layers=layers,
-        ranks_per_node=ranks_per_node,
-    )
+    problem = options.problem()
     started = time.perf_counter()
     result = make_plan(problem, find_strategy(strategy))
     elapsed = time.perf_counter() - started
@@ -136,7 +153,7 @@ def plan(
     if json:
         print(result.to_json())
         return
-    facts = _summary(result)
+    facts = summary(result)
     degrees = ", ".join(f"{count} of {d}" for d, count in facts["units_by_ranks"].items())
     console = common.console()
     console.print(
@@ -174,7 +191,7 @@ def verify(
         try:
             result, violations = check_file(path)
             found = [{"contract": v.contract, "message": v.message} for v in violations]
-            facts = _summary(result) | {"step": result.step}
+            facts = summary(result) | {"step": result.step}
         except (Error, OSError) as error:  # the next file still gets its turn
             found, facts = [{"contract": "file", "message": str(error)}], {}
         reports.append({"file": path, "valid": not found, "violations": found} | facts)
@@ -196,22 +213,13 @@ def verify(
         raise Error(f"{broken} of {len(reports)} plan files broke a contract")
 
 
+@takes(ProblemOptions)
 def compare(
-    lengths: LengthsOption,
-    capacity_tokens: common.CapacityOption,
-    hdp: common.HdpOption = None,
-    layout: common.LayoutOption = None,
+    options: ProblemOptions,
     strategy: Annotated[
         list[str] | None,
         typer.Option("--strategy", help="Only these; again for another.", show_default=False),
     ] = None,
-    lockstep: LockstepOption = "none",
-    quadratic: QuadraticOption = 1.0,
-    linear: LinearOption = 24576.0,
-    fixed: FixedOption = 0.0,
-    exchange_cost: ExchangeOption = 0.0,
-    layers: LayersOption = 0,
-    ranks_per_node: NodeOption = 0,
     json: common.JsonOption = False,
 ) -> None:
     """Plan the same samples with every strategy and show them side by side.
@@ -224,16 +232,12 @@ def compare(
     """
     from meshloom.planning import find_strategy, make_plan, strategy_names
 
-    problem = _problem(
-        lengths, layout, hdp, capacity_tokens, step=0, lockstep=lockstep, quadratic=quadratic,
-        linear=linear, fixed=fixed, exchange_cost=exchange_cost, layers=layers,
-        ranks_per_node=ranks_per_node,
-    )
+    problem = options.problem()
     rows: list[dict[str, Any]] = []
     for name in strategy or strategy_names():
         started = time.perf_counter()
         try:
-            facts = _summary(make_plan(problem, find_strategy(name)))
+            facts = summary(make_plan(problem, find_strategy(name)))
         except Error as error:
             if strategy:
                 raise

@@ -28,4 +28,15 @@ struct StageEvent {
 std::vector<std::vector<StageEvent>> timetable(const Schedule& schedule, const Layout& layout,
                                                int slots);
 
+/// A computation of any stage, and the piece of the model that it runs.
+struct OrderedAction {
+  int stage = 0;
+  int piece = 0;
+  StageAction action;
+};
+
+/// All stages' computations in that order.
+/// @throws PlanError  as `timetable`.
+std::vector<OrderedAction> global_order(const Schedule& schedule, const Layout& layout, int slots);
+
 }  // namespace meshloom::plan::detail

@@ -1,4 +1,9 @@
+#include <cstdint>
+#include <utility>
+
+#include "meshloom/plan/exact.h"
 #include "plan/balance/fill.h"
+#include "plan/balance/levels.h"
 #include "plan/balance/model.h"
 #include "plan/balance/search.h"
 #include "plan/strategies/strategies.h"
@@ -6,12 +11,28 @@
 namespace meshloom::plan {
 namespace {
 
+/// Steps this small are also searched exhaustively, as far as some milliseconds go.
+constexpr std::size_t kFewSamples = 12;
+constexpr int kFewRanks = 8;
+constexpr std::int64_t kVisits = 30'000;
+/// What a shorter makespan has to gain to be worth more traffic.
+constexpr double kWorthwhile = 0.003;
+
 class Balanced final : public BalanceStrategy {
  public:
   [[nodiscard]] std::vector<Slot> assign(const PlanProblem& problem) const override {
     balance::Model model(problem);
     const balance::Schedule schedule = balance::search(model);
-    return balance::to_slots(problem, model, schedule.pieces);
+    auto slots = balance::to_slots(problem, model, schedule.pieces);
+    if (problem.layout.pp > 1 || problem.lockstep != Lockstep::kNone) {
+      return balance::level_slots(problem, model, std::move(slots));
+    }
+    const bool small = problem.samples.size() <= kFewSamples && problem.layout.hdp <= kFewRanks;
+    if (small && schedule.makespan > model.bound * (1.0 + kWorthwhile)) {
+      ExactResult best = solve_exact(problem, kVisits);
+      if (best.makespan < schedule.makespan * (1.0 - kWorthwhile)) return std::move(best.slots);
+    }
+    return slots;
   }
 };
 

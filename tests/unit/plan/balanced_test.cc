@@ -67,5 +67,36 @@ TEST(Balanced, ReachesTheTableOfEfficiency) {
   EXPECT_GE(sum / 10, 0.99);
 }
 
+TEST(Balanced, LevelsMicroBatchesUnderAPipeline) {
+  // Work over ranks and stages, with the least bubble of equal micro-batches: p - 1 of them more.
+  constexpr double kAboveIdeal = 1.35;
+  for (const int stages : {2, 4, 8}) {
+    PlanProblem problem = mixed_problem(8, 600, 16384, 5);
+    problem.layout.pp = stages;
+    const StepPlan plan = make_plan(problem, "balanced");
+    double work = 0.0;
+    for (const SampleInfo& sample : problem.samples) work += problem.cost.work(sample.tokens);
+    const double ideal = work / 8 / stages;
+    EXPECT_LE(*plan.predicted.step_time, kAboveIdeal * ideal) << stages;
+    for (const char* other : {"static", "naive_hdp", "bytescale"}) {
+      const StepPlan theirs = make_plan(problem, other);
+      EXPECT_LT(*plan.predicted.step_time, *theirs.predicted.step_time) << stages << " " << other;
+    }
+  }
+}
+
+TEST(Balanced, LevelsSlotsInLockstep) {
+  constexpr double kAboveBound = 1.1;
+  for (const Lockstep lockstep : {Lockstep::kEp, Lockstep::kHdp}) {
+    PlanProblem problem = mixed_problem(16, 600, 16384, 6);
+    problem.layout.ep = lockstep == Lockstep::kEp ? 4 : 1;
+    problem.lockstep = lockstep;
+    const StepPlan plan = make_plan(problem, "balanced");
+    EXPECT_LE(*plan.predicted.step_time, kAboveBound * plan.predicted.lower_bound);
+    EXPECT_EQ(*plan.predicted.step_time, plan.predicted.makespan);
+    EXPECT_LT(plan.predicted.makespan, make_plan(problem, "naive_hdp").predicted.makespan);
+  }
+}
+
 }  // namespace
 }  // namespace meshloom::plan

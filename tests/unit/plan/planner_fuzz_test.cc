@@ -65,10 +65,8 @@ TEST(PlannerFuzz, EveryPlanPassesTheVerifierAndTheBound) {
 }
 
 TEST(PlannerFuzz, BalancedIsCloseToTheOptimumOfSmallCases) {
-  // What is reached, so that it does not get worse. The goal is 1.01 and 1.05: the search trades
-  // makespan for traffic, and does not put several samples into one unit.
-  constexpr double kOnAverage = 1.02;
-  constexpr double kMost = 1.13;
+  constexpr double kOnAverage = 1.01;
+  constexpr double kMost = 1.05;
   constexpr std::int64_t kVisits = 20'000;
   double sum = 0.0;
   int compared = 0;

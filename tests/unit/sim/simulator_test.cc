@@ -6,6 +6,7 @@
 
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/schedule.h"
+#include "meshloom/plan/step_time.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/plan/verifier.h"
 
@@ -92,7 +93,8 @@ TEST(Simulator, EveryScheduleEndsForAnyNumberOfSlots) {
 TEST(Simulator, RanksWithoutAPartInSomeSlotsStillMeet) {
   for (const auto& schedule : plan::schedule_names()) {
     for (int hdp = 2; hdp <= 6; ++hdp) {
-      for (const auto lockstep : {plan::Lockstep::kNone, plan::Lockstep::kEp}) {
+      for (const auto lockstep :
+           {plan::Lockstep::kNone, plan::Lockstep::kEp, plan::Lockstep::kHdp}) {
         plan::PlanProblem problem;
         problem.layout.hdp = hdp;
         problem.layout.pp = 1 + hdp % 4;
@@ -113,6 +115,8 @@ TEST(Simulator, RanksWithoutAPartInSomeSlotsStillMeet) {
         EXPECT_GE(result.step_time * problem.layout.pp,
                   plan.predicted.lower_bound * (1.0 - kRounding))
             << schedule;
+        const double predicted = plan::step_time(plan, schedule);
+        EXPECT_NEAR(result.step_time, predicted, kRounding * predicted) << schedule << " " << hdp;
       }
     }
   }

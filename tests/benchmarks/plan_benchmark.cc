@@ -1,0 +1,372 @@
+// Quality and speed of plans on mixes made from published figures: `plan_benchmark [SECTION...]`,
+// sections quality, costs, small, time, pipeline, simulator, ablation; --draws N (40).
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "benchmarks/plan_lengths.h"
+#include "meshloom/plan/exact.h"
+#include "meshloom/plan/program.h"
+#include "meshloom/plan/strategy.h"
+#include "meshloom/plan/verifier.h"
+#include "meshloom/sim/simulator.h"
+
+namespace meshloom::benchmarks {
+namespace {
+
+using plan::PlanProblem;
+using plan::StepPlan;
+
+int draws = 40;
+
+double cpu_seconds() { return static_cast<double>(std::clock()) / CLOCKS_PER_SEC; }
+
+template <class Function>
+double timed(const Function& function) {
+  const double begin = cpu_seconds();
+  function();
+  return cpu_seconds() - begin;
+}
+
+double total_work(const PlanProblem& problem) {
+  double work = 0.0;
+  for (const auto& sample : problem.samples) work += problem.cost.work(sample.tokens);
+  return work;
+}
+
+/// Exchange tokens of power-of-two degrees that just fit memory.
+double fitting_powers_of_two(const PlanProblem& problem) {
+  double sum = 0.0;
+  for (const auto& sample : problem.samples) {
+    const auto held = (sample.tokens + problem.capacity_tokens - 1) / problem.capacity_tokens;
+    if (held < 2) continue;
+    const auto degree =
+        std::min<double>(std::bit_ceil(static_cast<unsigned long>(held)), problem.layout.hdp);
+    sum += (degree - 1.0) * static_cast<double>(sample.tokens);
+  }
+  return sum;
+}
+
+struct Summary {
+  double mean = 0.0;
+  double worst = 0.0;
+};
+
+/// `worst` is the largest; pass losses, not gains.
+Summary summary(const std::vector<double>& values) {
+  Summary result;
+  for (const double value : values) {
+    result.mean += value / static_cast<double>(values.size());
+    result.worst = std::max(result.worst, value);
+  }
+  return result;
+}
+
+struct Case {
+  int ranks;
+  int documents;
+};
+constexpr Case kCases[] = {{8, 175},  {8, 600},   {16, 300},  {16, 1200},
+                           {32, 600}, {32, 2400}, {64, 1200}, {64, 2400}};
+
+void quality() {
+  std::printf("\n### Efficiency, %d draws a case\n\n", draws);
+  std::printf(
+      "| work | capacity | ranks | documents | efficiency mean | worst | exchange / powers of "
+      "two | above the bound, mean | worst |\n|---|---|---|---|---|---|---|---|---|\n");
+  for (const double linear : {24576.0, 0.0}) {
+    for (const std::int64_t capacity : {8192, 16384}) {
+      for (const Case& one : kCases) {
+        std::vector<double> lost;
+        std::vector<double> above;
+        double exchange = 0.0;
+        double reference = 0.0;
+        for (int draw = 0; draw < draws; ++draw) {
+          PlanProblem problem =
+              web_mix(one.ranks, one.documents, capacity, static_cast<std::uint64_t>(draw));
+          problem.cost.linear = linear;
+          const StepPlan plan = plan::make_plan(problem, "balanced");
+          lost.push_back(1.0 - plan.predicted.efficiency);
+          above.push_back(plan.predicted.makespan / plan.predicted.lower_bound - 1.0);
+          exchange += static_cast<double>(plan.predicted.exchange_tokens);
+          reference += fitting_powers_of_two(problem);
+        }
+        const Summary loss = summary(lost);
+        const Summary gap = summary(above);
+        std::printf("| l^2%s | %lld | %d | %d | %.4f | %.4f | %.3f | %.2f %% | %.2f %% |\n",
+                    linear > 0 ? " + 24576 l" : "", static_cast<long long>(capacity), one.ranks,
+                    one.documents, 1.0 - loss.mean, 1.0 - loss.worst, exchange / reference,
+                    100 * gap.mean, 100 * gap.worst);
+        std::fflush(stdout);
+      }
+    }
+  }
+}
+
+void costs() {
+  std::printf(
+      "\n### With a fixed cost of a unit, or unhidden exchange: above the bound, %d draws\n\n",
+      draws);
+  std::printf("| cost | ranks | documents | mean | worst |\n|---|---|---|---|---|\n");
+  for (const bool fixed : {true, false}) {
+    for (const Case& one : kCases) {
+      std::vector<double> above;
+      for (int draw = 0; draw < draws; ++draw) {
+        PlanProblem problem =
+            web_mix(one.ranks, one.documents, 16384, static_cast<std::uint64_t>(draw));
+        if (fixed) {
+          problem.cost.fixed = 0.02 * total_work(problem) / one.ranks;
+        } else {
+          problem.cost.exchange = 0.1 * 24576.0;  // a tenth of the linear work
+        }
+        const auto predicted = plan::make_plan(problem, "balanced").predicted;
+        above.push_back(predicted.makespan / predicted.lower_bound - 1.0);
+      }
+      const Summary gap = summary(above);
+      std::printf("| %s | %d | %d | %.2f %% | %.2f %% |\n",
+                  fixed ? "fixed, 2 % of the mean load" : "exchange, 10 % of the linear work",
+                  one.ranks, one.documents, 100 * gap.mean, 100 * gap.worst);
+      std::fflush(stdout);
+    }
+  }
+}
+
+void small() {
+  constexpr std::int64_t kVisits = 400'000;
+  const int cases = 5 * draws;
+  std::vector<double> ratios;
+  for (int seed = 0; seed < cases; ++seed) {
+    const std::uint64_t key = random_key("small", static_cast<std::uint64_t>(seed));
+    PlanProblem problem = web_mix(2 + static_cast<int>(random_bits(key, 0) % 7),
+                                  4 + static_cast<int>(random_bits(key, 1) % 9), 8192,
+                                  static_cast<std::uint64_t>(seed));
+    for (auto& sample : problem.samples) sample.tokens *= 1 + (sample.id % 3) * 4;
+    for (auto& sample : problem.samples) {
+      sample.tokens = std::min<std::int64_t>(sample.tokens, 8192LL * problem.layout.hdp);
+    }
+    if (seed % 2) problem.cost.linear = 0.0;
+    const auto exact = plan::solve_exact(problem, kVisits);
+    if (!exact.optimal) continue;
+    ratios.push_back(plan::make_plan(problem, "balanced").predicted.makespan / exact.makespan);
+  }
+  const Summary result = summary(ratios);
+  std::printf(
+      "\n### Small cases: `balanced` over the optimum\n\n"
+      "%zu of %d cases (2 to 8 ranks, 4 to 12 documents) solved to the optimum: mean %.4f, "
+      "worst %.4f\n",
+      ratios.size(), cases, result.mean, result.worst);
+}
+
+void time() {
+  std::printf(
+      "\n### Planning time, processor seconds of one core, least of 5\n\n"
+      "| ranks | documents | work | strategy alone | with prediction and verification |\n"
+      "|---|---|---|---|---|\n");
+  const auto registry = plan::make_strategy_registry();
+  const auto balanced = registry->create("balanced");
+  for (const Case& one : {Case{64, 2400}, Case{1024, 9182}, Case{16384, 150000}}) {
+    for (const double linear : {24576.0, 0.0}) {
+      PlanProblem problem = web_mix(one.ranks, one.documents, 8192, 1);
+      problem.cost.linear = linear;
+      double alone = 1e9;
+      double whole = 1e9;
+      for (int i = 0; i < 5; ++i) {
+        alone = std::min(alone, timed([&] { (void)balanced->assign(problem); }));
+        whole = std::min(whole, timed([&] { (void)plan::make_plan(problem, "balanced"); }));
+      }
+      std::printf("| %d | %d | l^2%s | %.1f ms | %.1f ms |\n", one.ranks, one.documents,
+                  linear > 0 ? " + 24576 l" : "", 1e3 * alone, 1e3 * whole);
+      std::fflush(stdout);
+    }
+  }
+}
+
+void pipeline() {
+  std::printf(
+      "\n### Pipelines and lockstep: predicted step time over work / ranks, 16 ranks, 1,200 "
+      "documents, capacity 16K, 10 draws\n\n| mesh | static | naive_hdp | bytescale | "
+      "balanced |\n|---|---|---|---|---|\n");
+  struct Mesh {
+    const char* name;
+    Layout layout;
+    plan::Lockstep lockstep;
+  };
+  const Mesh meshes[] = {
+      {"pp 2", {.hdp = 16, .pp = 2}, plan::Lockstep::kNone},
+      {"pp 4", {.hdp = 16, .pp = 4}, plan::Lockstep::kNone},
+      {"pp 8", {.hdp = 16, .pp = 8}, plan::Lockstep::kNone},
+      {"pp 4, 2 chunks", {.hdp = 16, .pp = 4, .chunks = 2}, plan::Lockstep::kNone},
+      {"lockstep ep 4", {.hdp = 16, .ep = 4}, plan::Lockstep::kEp},
+      {"lockstep hdp", {.hdp = 16}, plan::Lockstep::kHdp},
+      {"pp 4, lockstep ep 4", {.hdp = 16, .pp = 4, .ep = 4}, plan::Lockstep::kEp},
+  };
+  for (const Mesh& mesh : meshes) {
+    std::printf("| %s |", mesh.name);
+    for (const char* strategy : {"static", "naive_hdp", "bytescale", "balanced"}) {
+      double sum = 0.0;
+      for (std::uint64_t draw = 0; draw < 10; ++draw) {
+        PlanProblem problem = web_mix(16, 1200, 16384, draw);
+        problem.layout = mesh.layout;
+        problem.lockstep = mesh.lockstep;
+        sum += *plan::make_plan(problem, strategy).predicted.step_time /
+               (total_work(problem) / mesh.layout.hdp / mesh.layout.pp);
+      }
+      std::printf(" %.3f |", sum / 10);
+      std::fflush(stdout);
+    }
+    std::printf("\n");
+  }
+}
+
+void simulator() {
+  std::printf(
+      "\n### Simulating one step, processor seconds of one core\n\n| mesh | documents | "
+      "instructions | plan | compile | simulate |\n|---|---|---|---|---|---|\n");
+  for (const Layout& layout :
+       {Layout{.hdp = 16384}, Layout{.hdp = 2048, .pp = 8}, Layout{.tp = 8, .hdp = 256, .pp = 8}}) {
+    PlanProblem problem = web_mix(layout.hdp, 9 * layout.hdp, 8192, 1);
+    problem.layout = layout;
+    StepPlan plan;
+    std::vector<plan::Program> programs;
+    const double planning = timed([&] { plan = plan::make_plan(problem, "balanced"); });
+    const double compiling = timed([&] { programs = plan::compile(plan, {.layers = 32}); });
+    const auto workload = sim::Workload::llama_7b();
+    const double simulating =
+        timed([&] { (void)sim::simulate(plan, programs, {}, workload, {.spans = false}); });
+    std::size_t instructions = 0;
+    for (const auto& program : programs) instructions += program.instructions.size();
+    std::printf("| %s | %zu | %zu | %.2f s | %.2f s | %.2f s |\n", layout.to_string().c_str(),
+                problem.samples.size(), instructions, planning, compiling, simulating);
+    std::fflush(stdout);
+  }
+}
+
+/// Algorithm 1 with the offload ratio that gives the fewest ranks.
+std::vector<plan::Slot> naive_with_offload(const PlanProblem& problem) {
+  std::vector<plan::Unit> units;
+  const int hdp = problem.layout.hdp;
+  std::vector<double> free(static_cast<std::size_t>(hdp), 0.0);
+  const auto add = [&](std::vector<std::int64_t> samples, std::int64_t tokens, double work,
+                       int degree) {
+    std::vector<int> ranks(free.size());
+    for (int r = 0; r < hdp; ++r) ranks[static_cast<std::size_t>(r)] = r;
+    std::partial_sort(ranks.begin(), ranks.begin() + degree, ranks.end(), [&](int a, int b) {
+      const double x = free[static_cast<std::size_t>(a)];
+      const double y = free[static_cast<std::size_t>(b)];
+      return x != y ? x < y : a < b;
+    });
+    ranks.resize(static_cast<std::size_t>(degree));
+    const double end =
+        free[static_cast<std::size_t>(ranks.back())] + problem.cost.unit_time(work, tokens, degree);
+    for (const int rank : ranks) free[static_cast<std::size_t>(rank)] = end;
+    std::sort(ranks.begin(), ranks.end());
+    plan::Unit unit;
+    unit.ranks = std::move(ranks);
+    unit.samples = std::move(samples);
+    unit.exchange = degree > 1 ? plan::Exchange::kRing : plan::Exchange::kLocal;
+    unit.offload =
+        problem.memory.offload_needed(problem.capacity_tokens, degree, tokens).value_or(0.0);
+    units.push_back(std::move(unit));
+  };
+  std::vector<std::int64_t> bin;
+  std::int64_t held = 0;
+  double work = 0.0;
+  for (const auto& sample : problem.samples) {
+    if (sample.tokens < problem.capacity_tokens) continue;
+    const int degree =
+        problem.memory.degree_needed(problem.capacity_tokens, 1.0, sample.tokens, hdp)
+            .value_or(hdp);
+    add({sample.id}, sample.tokens, problem.cost.work(sample.tokens), degree);
+  }
+  for (const auto& sample : problem.samples) {
+    if (sample.tokens >= problem.capacity_tokens) continue;
+    if (held + sample.tokens > problem.capacity_tokens) {
+      add(std::exchange(bin, {}), std::exchange(held, 0), std::exchange(work, 0.0), 1);
+    }
+    bin.push_back(sample.id);
+    held += sample.tokens;
+    work += problem.cost.work(sample.tokens);
+  }
+  if (!bin.empty()) add(std::move(bin), held, work, 1);
+  return plan::into_slots(std::move(units), hdp);
+}
+
+void ablation() {
+  // 8 GPUs a node, 200 GB/s inside, 50 GB/s a GPU between nodes, 25 GB/s to the host.
+  sim::Cluster cluster;
+  cluster.between = {.bandwidth = 50e9, .latency = 15e-6};
+  const auto workload = sim::Workload::llama_7b();
+  const auto lengths = production_mix(64LL << 20, 1);
+  auto problem = PlanProblem::from_lengths(lengths, {.hdp = 1024}, 8192);
+  problem.cost = sim::Workload::llama_7b_cost();
+  problem.ranks_per_node = cluster.ranks_per_node;
+  double tokens = 0.0;
+  double longest = 0.0;
+  for (const auto length : lengths) {
+    tokens += static_cast<double>(length);
+    if (length >= 131072) longest += static_cast<double>(length);
+  }
+  std::printf(
+      "\n### ByteScale's ablation, simulated: 7B, 2M context, 1,024 GPUs, %.1f M tokens in %zu "
+      "documents (%.1f %% of tokens in documents from 128K on)\n\n| step | step time | factor "
+      "| published | without computation | exposed | sent between nodes |\n"
+      "|---|---|---|---|---|---|---|\n",
+      tokens / 1e6, lengths.size(), 100 * longest / tokens);
+  const auto offload = plan::make_strategy(naive_with_offload);
+  double first = 0.0;
+  const auto row = [&](const char* name, const char* published, const StepPlan& plan) {
+    const auto programs = plan::compile(plan, {.layers = workload.layers});
+    const auto result = sim::simulate(plan, programs, cluster, workload, {.spans = false});
+    if (first == 0.0) first = result.step_time;
+    double exposed = 0.0;
+    for (const double part : result.exposed) exposed += part;
+    std::printf("| %s | %.1f s | %.2f | %s | %.1f %% | %.1f %% | %.1f TB |\n", name,
+                result.step_time, first / result.step_time, published, 100 * result.bubble(),
+                100 * exposed / (1024 * result.step_time), result.bytes_between / 1e12);
+    std::fflush(stdout);
+  };
+  row("static degree", "1.00", plan::make_plan(problem, "static"));
+  row("dynamic communication (naive_hdp)", "1.59", plan::make_plan(problem, "naive_hdp"));
+  problem.memory = {.layers = 32, .resident_layers = 2};
+  row("selective offload", "2.01", plan::make_plan(problem, "naive_hdp + offload", *offload));
+  row("balance (bytescale)", "3.69", plan::make_plan(problem, "bytescale"));
+  row("balance (balanced)", "-", plan::make_plan(problem, "balanced"));
+}
+
+}  // namespace
+
+int run(int count, char** arguments) {
+  const std::vector<std::pair<std::string, std::function<void()>>> sections{
+      {"quality", quality},   {"costs", costs},         {"small", small},      {"time", time},
+      {"pipeline", pipeline}, {"simulator", simulator}, {"ablation", ablation}};
+  std::vector<std::string> asked;
+  for (int i = 1; i < count; ++i) {
+    if (std::strcmp(arguments[i], "--draws") == 0 && i + 1 < count) {
+      draws = std::max(1, std::atoi(arguments[++i]));
+    } else {
+      asked.emplace_back(arguments[i]);
+    }
+  }
+  for (const std::string& name : asked) {
+    if (std::none_of(sections.begin(), sections.end(),
+                     [&](const auto& section) { return section.first == name; })) {
+      std::fprintf(stderr, "unknown section %s; see the head of this file\n", name.c_str());
+      return 2;
+    }
+  }
+  for (const auto& [name, section] : sections) {
+    if (asked.empty() || std::find(asked.begin(), asked.end(), name) != asked.end()) section();
+  }
+  return 0;
+}
+
+}  // namespace meshloom::benchmarks
+
+int main(int count, char** arguments) { return meshloom::benchmarks::run(count, arguments); }
