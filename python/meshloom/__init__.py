@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from meshloom import training as training
     from meshloom._plan import (
         BalanceStrategy as BalanceStrategy,
+        Cluster as Cluster,
         CostModel as CostModel,
         Layout as Layout,
         MemoryModel as MemoryModel,
         PlanProblem as PlanProblem,
         Program as Program,
         SampleInfo as SampleInfo,
+        Schedule as Schedule,
         Slot as Slot,
+        StageAction as StageAction,
         StepPlan as StepPlan,
         Unit as Unit,
+        Workload as Workload,
         check_plan as check_plan,
         check_programs as check_programs,
         compile as compile,
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from meshloom.session import PlannedUnit as PlannedUnit
     from meshloom.session import PlanSession as PlanSession
     from meshloom.session import attention as attention
+    from meshloom.simulation import simulate as simulate
     from meshloom.training import (
         AdamWOptions as AdamWOptions,
         CheckpointSection as CheckpointSection,

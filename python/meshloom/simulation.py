@@ -14,7 +14,7 @@ from meshloom._plan import Cluster, Simulation, StepPlan, Workload
 if TYPE_CHECKING:
     from meshloom._plan import CostModel, Schedule
 
-__all__ = ["default_workload", "read_cluster", "simulate"]
+__all__ = ["default_workload", "host_transfer", "read_cluster", "simulate"]
 
 
 def default_workload(cost: CostModel) -> Workload:
@@ -31,6 +31,12 @@ def default_workload(cost: CostModel) -> Workload:
     else:
         workload.seconds_per_work = seconds.linear / cost.linear
     return workload
+
+
+def host_transfer(cluster: Cluster, workload: Workload) -> float:
+    """`MemoryModel.transfer` of a workload on a cluster, in the plan's units of work."""
+    seconds = workload.saved_bytes * workload.layers / cluster.host.bandwidth
+    return seconds / workload.seconds_per_work
 
 
 def _as_yaml(setting: str) -> str:

@@ -13,6 +13,8 @@ namespace {
 
 /// Division by a fraction may land a hair under the whole number it means.
 constexpr double kRoundingSlack = 1e-12;
+/// Of forward and backward.
+constexpr double kForwardShare = 1.0 / 3.0;
 
 }  // namespace
 
@@ -61,11 +63,19 @@ std::optional<int> MemoryModel::degree_needed(std::int64_t capacity_tokens, doub
   return degree;
 }
 
+double MemoryModel::most_hidden(const CostModel& cost, std::int64_t tokens) const {
+  if (transfer <= 0.0 || tokens <= 0) return 1.0;
+  const double forward = kForwardShare * cost.work(tokens);
+  return std::min(1.0, forward / (transfer * static_cast<double>(tokens)));
+}
+
 void MemoryModel::validate() const {
   MESHLOOM_CHECK(layers >= 0, "cost.memory_model",
                  fmt::format("layers is {}, expected >= 0", layers));
   MESHLOOM_CHECK(resident_layers >= 0, "cost.memory_model",
                  fmt::format("resident_layers is {}, expected >= 0", resident_layers));
+  MESHLOOM_CHECK(std::isfinite(transfer) && transfer >= 0.0, "cost.memory_model",
+                 fmt::format("transfer is {}, expected a finite number >= 0", transfer));
 }
 
 }  // namespace meshloom

@@ -199,6 +199,7 @@ StepPlan StepPlan::from_json(std::string_view text) {
     const Field memory = root["memory"];
     plan.memory.layers = memory["layers"].count(0);
     plan.memory.resident_layers = memory["resident_layers"].count(0);
+    if (memory.find("transfer") != nullptr) plan.memory.transfer = memory["transfer"].number();
   }
   plan.cost = read_cost(root["cost"]);
   plan.samples = root["samples"].list(read_sample);

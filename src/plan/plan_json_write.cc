@@ -70,8 +70,13 @@ std::string StepPlan::to_json() const {
       layout.tp, layout.hdp, layout.pp, layout.ep, layout.chunks, capacity_tokens,
       to_string(lockstep));
   if (memory != MemoryModel{}) {
-    put(out, "  \"memory\": {{\"layers\": {}, \"resident_layers\": {}}},\n", memory.layers,
+    put(out, "  \"memory\": {{\"layers\": {}, \"resident_layers\": {}", memory.layers,
         memory.resident_layers);
+    if (memory.transfer != 0.0) {
+      put(out, ", \"transfer\": ");
+      put_number(out, "memory.transfer", memory.transfer);
+    }
+    put(out, "}},\n");
   }
   put(out, "  \"cost\": {{\"quadratic\": ");
   put_number(out, "cost.quadratic", cost.quadratic);

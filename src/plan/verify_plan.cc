@@ -95,6 +95,10 @@ class PlanChecker {
       report("memory", fmt::format("memory is layers {}, resident_layers {}, expected >= 0",
                                    plan_.memory.layers, plan_.memory.resident_layers));
     }
+    if (!(plan_.memory.transfer >= 0.0 && std::isfinite(plan_.memory.transfer))) {
+      report("memory", fmt::format("memory.transfer is {}, expected a finite number >= 0",
+                                   plan_.memory.transfer));
+    }
     if (plan_.step < 0) report("step", fmt::format("step is {}, expected >= 0", plan_.step));
     if (plan_.capacity_tokens < 1 || plan_.capacity_tokens > kMostTokens) {
       report("capacity", fmt::format("capacity_tokens is {}, expected 1 .. {}",

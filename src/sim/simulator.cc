@@ -76,11 +76,12 @@ class Simulator {
   };
 
   /// Rendezvous of one computation that share members, directly or over others: since they repeat
-  /// layer by layer, all members are through at once.
+  /// layer by layer, nobody gets ahead of who starts last and who takes longest.
   struct Meeting {
     std::size_t parent = 0;  ///< union-find
     std::size_t missing = 0;
-    double end = 0.0;
+    double start = 0.0;     ///< of who starts last
+    double duration = 0.0;  ///< of who takes longest
     std::vector<int> waiting;
   };
   using MeetingKey = std::tuple<int, std::size_t, int, int, int>;  // kind, group, slot, op, chunk
@@ -146,9 +147,9 @@ class Simulator {
     result_.bytes_between += rank.price.between;
     rank.entered = true;
     rank.begin = start;
-    const double through = start + rank.price.compute + rank.price.exposed;
-    rank.joint_end = through;
-    if (!instruction.rendezvous.empty()) meet(r, instruction, through);
+    const double duration = rank.price.compute + rank.price.exposed;
+    rank.joint_end = start + duration;
+    if (!instruction.rendezvous.empty()) meet(r, instruction, start, duration);
     return true;
   }
 
@@ -159,7 +160,7 @@ class Simulator {
     return meeting;
   }
 
-  void meet(int r, const Instruction& instruction, double through) {
+  void meet(int r, const Instruction& instruction, double start, double duration) {
     constexpr auto kNone = static_cast<std::size_t>(-1);
     std::size_t joined = kNone;
     for (const auto& rendezvous : instruction.rendezvous) {
@@ -170,7 +171,8 @@ class Simulator {
       if (added) {
         meetings_.push_back({.parent = meetings_.size(),
                              .missing = rendezvous.ranks.size(),
-                             .end = 0.0,
+                             .start = 0.0,
+                             .duration = 0.0,
                              .waiting = {}});
       }
       const std::size_t mine = root(found->second);
@@ -178,16 +180,17 @@ class Simulator {
       joined = joined == kNone || joined == mine ? mine : merge(joined, mine);
     }
     auto& meeting = meetings_[joined];
-    meeting.end = std::max(meeting.end, through);
+    meeting.start = std::max(meeting.start, start);
+    meeting.duration = std::max(meeting.duration, duration);
     if (meeting.missing > 0) {
       meeting.waiting.push_back(r);
       ranks_[as_size(r)].missing = true;
       return;
     }
-    ranks_[as_size(r)].joint_end = meeting.end;
+    ranks_[as_size(r)].joint_end = meeting.start + meeting.duration;
     for (const int other : meeting.waiting) {
       auto& waiter = ranks_[as_size(other)];
-      waiter.joint_end = meeting.end;
+      waiter.joint_end = meeting.start + meeting.duration;
       waiter.missing = false;
       runnable_.push_back(other);
     }
@@ -200,7 +203,8 @@ class Simulator {
     auto& from = meetings_[b];
     from.parent = a;
     into.missing += from.missing;
-    into.end = std::max(into.end, from.end);
+    into.start = std::max(into.start, from.start);
+    into.duration = std::max(into.duration, from.duration);
     into.waiting.insert(into.waiting.end(), from.waiting.begin(), from.waiting.end());
     from.waiting = {};
     return a;

@@ -47,8 +47,8 @@ double fitting_powers_of_two(const PlanProblem& problem) {
   for (const auto& sample : problem.samples) {
     const auto held = (sample.tokens + problem.capacity_tokens - 1) / problem.capacity_tokens;
     if (held < 2) continue;
-    const auto degree =
-        std::min<double>(std::bit_ceil(static_cast<unsigned long>(held)), problem.layout.hdp);
+    const auto degree = std::min<double>(
+        static_cast<double>(std::bit_ceil(static_cast<unsigned long>(held))), problem.layout.hdp);
     sum += (degree - 1.0) * static_cast<double>(sample.tokens);
   }
   return sum;
@@ -280,8 +280,9 @@ std::vector<plan::Slot> naive_with_offload(const PlanProblem& problem) {
   double work = 0.0;
   for (const auto& sample : problem.samples) {
     if (sample.tokens < problem.capacity_tokens) continue;
+    const double hidden = problem.memory.most_hidden(problem.cost, sample.tokens);
     const int degree =
-        problem.memory.degree_needed(problem.capacity_tokens, 1.0, sample.tokens, hdp)
+        problem.memory.degree_needed(problem.capacity_tokens, hidden, sample.tokens, hdp)
             .value_or(hdp);
     add({sample.id}, sample.tokens, problem.cost.work(sample.tokens), degree);
   }
@@ -334,7 +335,9 @@ void ablation() {
   };
   row("static degree", "1.00", plan::make_plan(problem, "static"));
   row("dynamic communication (naive_hdp)", "1.59", plan::make_plan(problem, "naive_hdp"));
-  problem.memory = {.layers = 32, .resident_layers = 2};
+  problem.memory = {.layers = 32,
+                    .resident_layers = 2,
+                    .transfer = workload.saved_bytes * workload.layers / cluster.host.bandwidth};
   row("selective offload", "2.01", plan::make_plan(problem, "naive_hdp + offload", *offload));
   row("balance (bytescale)", "3.69", plan::make_plan(problem, "bytescale"));
   row("balance (balanced)", "-", plan::make_plan(problem, "balanced"));

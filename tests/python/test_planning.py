@@ -218,3 +218,21 @@ def test_compare_shows_all_strategies(cli: Callable[..., str], lengths_file: Pat
     rows = json.loads(cli("compare", "--lengths", lengths_file, "--hdp", "8",
                           "--capacity", "16384", "--json"))
     assert {row["strategy"] for row in rows} >= {"static", "naive_hdp", "balanced", "bytescale"}
+
+
+@pytest.mark.parametrize("extra", [(), ("--pp", 2, "--chunks", 2), ("--ep", 4)])
+def test_report_is_one_page(
+    cli: Callable[..., str], lengths_file: Path, tmp_path: Path, extra: tuple[object, ...]
+) -> None:
+    plan_path, page_path = tmp_path / "plan.json", tmp_path / "report.html"
+    cli("plan", "--lengths", lengths_file, "--hdp", 8, "--capacity", 16384, "--out", plan_path, *extra)
+    cli("report", plan_path, "-o", page_path)
+    page = page_path.read_text(encoding="utf-8")
+    assert "http" not in page and "src=" not in page and "@import" not in page
+    start = page.index("const data = ") + len("const data = ")
+    data = json.loads(page[start : page.index(";\n", start)])
+    assert data["tokens"] == {str(i): length for i, length in enumerate(LENGTHS)}
+    assert {span[0] for span in data["spans"]} == set(range(data["rows"]))
+    assert max(span[-1] for span in data["spans"]) == pytest.approx(data["time"], rel=1e-4)
+    samples = [sample for slot in data["slots"] for _, held in slot for sample in held]
+    assert sorted(samples) == list(range(len(LENGTHS)))

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "meshloom/core/export.h"
+#include "meshloom/cost/cost_model.h"
 
 namespace meshloom {
 
@@ -12,6 +13,9 @@ namespace meshloom {
 struct MESHLOOM_API MemoryModel {
   int layers = 0;  ///< 0: no offload is possible
   int resident_layers = 2;
+  /// Time, in the cost model's units, to move one token's activations of all layers to host memory,
+  /// by the slower of the two directions; 0: never more than computation hides.
+  double transfer = 0.0;
 
   /// Fraction of a unit's activations held on the device at ratio r, in (0, 1].
   [[nodiscard]] double resident_fraction(double offload) const;
@@ -29,7 +33,11 @@ struct MESHLOOM_API MemoryModel {
   [[nodiscard]] std::optional<int> degree_needed(std::int64_t capacity_tokens, double offload,
                                                  std::int64_t tokens, int most) const;
 
-  /// @throws InvalidArgument  a count is negative.
+  /// The largest ratio whose transfer the forward of a sample of `tokens` hides: r_max of
+  /// [BS 5.1], the same on any number of ranks, in 0 .. 1.
+  [[nodiscard]] double most_hidden(const CostModel& cost, std::int64_t tokens) const;
+
+  /// @throws InvalidArgument  a count is negative, or `transfer` negative or not finite.
   void validate() const;
 
   friend bool operator==(const MemoryModel&, const MemoryModel&) = default;

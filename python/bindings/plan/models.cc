@@ -71,15 +71,19 @@ void bind_models(py::module_& module) {
       .def(py::self == py::self);
   py::class_<MemoryModel>(module, "MemoryModel",
                           "What the offload rule needs; layers 0: no offload.")
-      .def(py::init([](int layers, int resident_layers) {
-             const MemoryModel memory{.layers = layers, .resident_layers = resident_layers};
+      .def(py::init([](int layers, int resident_layers, double transfer) {
+             const MemoryModel memory{
+                 .layers = layers, .resident_layers = resident_layers, .transfer = transfer};
              memory.validate();
              return memory;
            }),
            py::kw_only(), py::arg("layers") = MemoryModel{}.layers,
-           py::arg("resident_layers") = MemoryModel{}.resident_layers)
+           py::arg("resident_layers") = MemoryModel{}.resident_layers,
+           py::arg("transfer") = MemoryModel{}.transfer)
       .def_readwrite("layers", &MemoryModel::layers)
       .def_readwrite("resident_layers", &MemoryModel::resident_layers)
+      .def_readwrite("transfer", &MemoryModel::transfer)
+      .def("most_hidden", &MemoryModel::most_hidden, py::arg("cost"), py::arg("tokens"))
       .def("resident_fraction", &MemoryModel::resident_fraction, py::arg("offload"))
       .def("unit_capacity", &MemoryModel::unit_capacity, py::arg("capacity_tokens"),
            py::arg("degree"), py::arg("offload"))

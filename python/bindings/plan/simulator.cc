@@ -44,7 +44,8 @@ void bind_cluster(py::module_& module) {
       .def_static("from_yaml",
                   py::overload_cast<const std::string&, const std::string&, const Cluster&>(
                       &Cluster::from_yaml),
-                  py::arg("text"), py::arg("name") = "cluster", py::arg("base") = Cluster{});
+                  py::arg("text"), py::arg("name") = "cluster",
+                  py::arg_v("base", Cluster{}, "Cluster()"));
   py::class_<Workload>(module, "Workload", "The model as the simulator sees it.")
       .def(py::init<>())
       .def_readwrite("layers", &Workload::layers)
@@ -59,7 +60,7 @@ void bind_cluster(py::module_& module) {
       .def_readwrite("dispatch_bytes", &Workload::dispatch_bytes)
       .def_readwrite("step_seconds", &Workload::step_seconds)
       .def_static("from_yaml", &Workload::from_yaml, py::arg("text"), py::arg("name") = "cluster",
-                  py::arg("base") = Workload{})
+                  py::arg_v("base", Workload{}, "Workload()"))
       .def_static("llama_7b", &Workload::llama_7b, "ByteScale's figure 6.")
       .def_static("llama_7b_cost", &Workload::llama_7b_cost,
                   "The cost model in whose units llama_7b counts seconds.");

@@ -35,6 +35,12 @@ ExchangeOption = Annotated[
 LayersOption = Annotated[
     int, typer.Option("--layers", help="Layers of the model, for offload; 0: no offload.")
 ]
+TransferOption = Annotated[
+    float,
+    typer.Option(
+        "--transfer", help="Cost of moving one token's activations to the host; 0: always hidden."
+    ),
+]
 PipelineOption = Annotated[
     int | None, typer.Option("--pp", help="Pipeline stages, beside --hdp.", show_default=False)
 ]
@@ -74,6 +80,7 @@ class ProblemOptions:
     fixed: FixedOption = 0.0
     exchange_cost: ExchangeOption = 0.0
     layers: LayersOption = 0
+    transfer: TransferOption = 0.0
     ranks_per_node: NodeOption = 0
     step: StepOption = 0
 
@@ -89,7 +96,7 @@ class ProblemOptions:
             quadratic=self.quadratic, linear=self.linear, fixed=self.fixed,
             exchange=self.exchange_cost,
         )
-        problem.memory = _plan.MemoryModel(layers=self.layers)
+        problem.memory = _plan.MemoryModel(layers=self.layers, transfer=self.transfer)
         problem.samples = common.read_samples(self.lengths)
         problem.ranks_per_node = self.ranks_per_node
         return problem

@@ -99,7 +99,9 @@ def simulate(
         if capacity_tokens is not None:
             problem.capacity_tokens = capacity_tokens
         if layers is not None:
-            problem.memory = MemoryModel(layers=layers)
+            problem.memory = MemoryModel(
+                layers=layers, transfer=simulation.host_transfer(machines, workload)
+            )
         plans[f"{name}, changed" if changed else name] = planning.make_plan(
             problem, planning.find_strategy(name)
         )

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <queue>
 #include <utility>
 
 #include "meshloom/plan/step_time.h"
 #include "plan/balance/fill.h"
+#include "plan/internal/unit_times.h"
 
 namespace meshloom::plan::balance {
 namespace {
@@ -210,6 +212,47 @@ std::vector<Slot> to_slots_by_level(const PlanProblem& problem, const Model& mod
   return slots;
 }
 
+/// Long slots cost a pipeline most where it fills, where it drains, or where their neighbours are
+/// short: the slots by falling and by rising time, and with the longest or the shortest in the
+/// middle.
+std::vector<std::vector<Slot>> slot_orders(const StepPlan& plan) {
+  const detail::TokensById tokens_of(plan.samples);
+  std::vector<std::pair<double, std::size_t>> falling;
+  for (std::size_t s = 0; s < plan.slots.size(); ++s) {
+    double time = 0.0;
+    for (const auto& group : detail::together(plan, tokens_of, s)) {
+      time = std::max(time, group.time);
+    }
+    falling.emplace_back(-time, s);
+  }
+  std::sort(falling.begin(), falling.end());
+  const auto take = [&](const std::vector<std::size_t>& order) {
+    std::vector<Slot> slots;
+    for (const std::size_t s : order) slots.push_back(plan.slots[s]);
+    return slots;
+  };
+  std::vector<std::size_t> down;
+  std::deque<std::size_t> peak;
+  for (const auto& [time, slot] : falling) {
+    down.push_back(slot);
+    if (peak.size() % 2 == 0) {
+      peak.push_back(slot);
+    } else {
+      peak.push_front(slot);
+    }
+  }
+  std::deque<std::size_t> valley;
+  for (auto entry = falling.rbegin(); entry != falling.rend(); ++entry) {
+    if (valley.size() % 2 == 0) {
+      valley.push_back(entry->second);
+    } else {
+      valley.push_front(entry->second);
+    }
+  }
+  return {take(down), take({down.rbegin(), down.rend()}), take({peak.begin(), peak.end()}),
+          take({valley.begin(), valley.end()})};
+}
+
 }  // namespace
 
 std::vector<Slot> level_slots(const PlanProblem& problem, const Model& model,
@@ -247,6 +290,9 @@ std::vector<Slot> level_slots(const PlanProblem& problem, const Model& model,
     const double time = model.total_work / (ranks * slots) + model.cost.fixed;
     consider(to_slots_by_level(problem, model, Builder(model, time).build()));
   }
+  if (problem.layout.pp == 1) return best;  // the order of level slots matters to pipelines alone
+  trial.slots = best;
+  for (auto& order : slot_orders(trial)) consider(std::move(order));
   return best;
 }
 

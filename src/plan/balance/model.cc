@@ -37,8 +37,10 @@ Model::Model(const PlanProblem& problem)
     item.work = cost.work(item.tokens);
     total_work += item.work;
     total_tokens += item.tokens;
-    // Where offload is possible, a long item takes the fewest ranks and the ratio that this needs.
-    item.memory_degree = memory.degree_needed(capacity, 1.0, item.tokens, ranks).value_or(ranks);
+    // Where offload is possible, a long item takes the fewest ranks and the ratio that this needs,
+    // as far as its forward hides the transfer; beyond that only where the axis is too small.
+    const double hidden = memory.most_hidden(cost, item.tokens);
+    item.memory_degree = memory.degree_needed(capacity, hidden, item.tokens, ranks).value_or(ranks);
     const std::int64_t resident = ceil_divide(item.tokens, capacity);
     if (resident > 1) {
       const auto held = static_cast<unsigned>(std::min<std::int64_t>(resident, ranks));

@@ -65,5 +65,16 @@ TEST(MemoryModel, NegativeCountsAreRefused) {
   EXPECT_THROW((MemoryModel{.layers = 4, .resident_layers = -1}.validate()), InvalidArgument);
 }
 
+TEST(MemoryModel, OffloadIsHiddenAsFarAsTheForwardIsLongEnough) {
+  const CostModel cost{.quadratic = 3.0, .linear = 300.0, .fixed = 0.0, .exchange = 0.0};
+  const MemoryModel memory{.layers = 32, .resident_layers = 2, .transfer = 400.0};
+  // A third of (3 s + 300) a token, against 400.
+  EXPECT_DOUBLE_EQ(memory.most_hidden(cost, 100), 200.0 / 400.0);
+  EXPECT_DOUBLE_EQ(memory.most_hidden(cost, 300), 1.0);
+  EXPECT_DOUBLE_EQ(memory.most_hidden(cost, 3000), 1.0);
+  EXPECT_DOUBLE_EQ((MemoryModel{.layers = 32}).most_hidden(cost, 1), 1.0);
+  EXPECT_THROW((MemoryModel{.layers = 32, .transfer = -1.0}).validate(), InvalidArgument);
+}
+
 }  // namespace
 }  // namespace meshloom

@@ -68,10 +68,14 @@ TEST(Balanced, ReachesTheTableOfEfficiency) {
 }
 
 TEST(Balanced, LevelsMicroBatchesUnderAPipeline) {
-  // Work over ranks and stages, with the least bubble of equal micro-batches: p - 1 of them more.
+  // Work over ranks and stages, and the bubble of some dozens of micro-batches.
   constexpr double kAboveIdeal = 1.35;
   for (const int stages : {2, 4, 8}) {
-    PlanProblem problem = mixed_problem(8, 600, 16384, 5);
+    PlanProblem problem = mixed_problem(8, 2400, 16384, 5);
+    for (SampleInfo& sample : problem.samples) {
+      sample.tokens = std::min<std::int64_t>(sample.tokens, 16384);
+      sample.loss_tokens = sample.tokens - 1;
+    }
     problem.layout.pp = stages;
     const StepPlan plan = make_plan(problem, "balanced");
     double work = 0.0;

@@ -9,19 +9,24 @@
 #include "meshloom/core/random.h"
 #include "meshloom/plan/bounds.h"
 #include "meshloom/plan/exact.h"
+#include "meshloom/plan/program.h"
 #include "meshloom/plan/strategy.h"
+#include "meshloom/plan/verifier.h"
 
 namespace meshloom::plan {
 namespace {
 
-/// Plans of the short run; MESHLOOM_FUZZ_PLANS asks for another number.
+/// Problems of the short run, and of the full one (MESHLOOM_FULL); each is planned by two
+/// strategies. MESHLOOM_FUZZ_PLANS asks for another number.
 constexpr std::int64_t kPlans = 1500;
+constexpr std::int64_t kFullPlans = 500'000;
 /// A bound and a makespan are sums of the same terms in another order.
 constexpr double kRounding = 1e-9;
 
 std::int64_t plans_asked() {
   const char* text = std::getenv("MESHLOOM_FUZZ_PLANS");
-  return text == nullptr ? kPlans : std::atoll(text);
+  if (text != nullptr) return std::atoll(text);
+  return std::getenv("MESHLOOM_FULL") == nullptr ? kPlans : kFullPlans;
 }
 
 /// Any rank count up to 130, any lengths up to what the axis holds, any capacity.
@@ -60,6 +65,25 @@ TEST(PlannerFuzz, EveryPlanPassesTheVerifierAndTheBound) {
       ASSERT_NO_THROW(plan = make_plan(problem, strategy)) << strategy << " seed " << seed;
       ASSERT_GE(plan.predicted.makespan * (1.0 + kRounding), lower_bound(problem))
           << strategy << " seed " << seed;
+    }
+  }
+}
+
+TEST(PlannerFuzz, PipelinesAndLockstepPassTheVerifier) {
+  const std::int64_t plans = plans_asked() / 10;
+  for (std::int64_t seed = 0; seed < plans; ++seed) {
+    PlanProblem problem = any_problem(static_cast<std::uint64_t>(seed), 24, 40);
+    problem.layout.pp = 1 + static_cast<int>(seed % 4);
+    problem.layout.chunks = 1 + static_cast<int>(seed % 2);
+    if (problem.layout.hdp % 2 == 0) problem.layout.ep = 2;
+    if (seed % 3 == 0) problem.lockstep = Lockstep::kHdp;
+    StepPlan plan;
+    ASSERT_NO_THROW(plan = make_plan(problem, "balanced")) << "seed " << seed;
+    ASSERT_NO_THROW(verify(plan, compile(plan, {.layers = 12}))) << "seed " << seed;
+    if (problem.layout.pp > 1) {
+      ASSERT_GE(*plan.predicted.step_time * problem.layout.pp * (1.0 + kRounding),
+                lower_bound(problem))
+          << "seed " << seed;
     }
   }
 }
