@@ -5,7 +5,7 @@ Planning, verification and simulation; never loads LibTorch.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BalanceStrategy', 'Coordinates', 'CostModel', 'Instruction', 'Layout', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Slot', 'StepPlan', 'StrategyRegistry', 'Unit', 'Violation', 'check_plan', 'check_programs', 'chunk_range', 'compile', 'compile_rank', 'into_slots', 'lower_bound', 'make_plan', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'strategies', 'strategy_names', 'verify']
+__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostModel', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'Violation', 'Workload', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'strategies', 'strategy_names', 'verify']
 class Coordinates:
     """
     Where a world rank sits.
@@ -136,9 +136,11 @@ class MemoryModel:
     __hash__: typing.ClassVar[None] = None
     def __eq__(self, arg0: MemoryModel) -> bool:
         ...
-    def __init__(self, *, layers: typing.SupportsInt = 0, resident_layers: typing.SupportsInt = 2) -> None:
+    def __init__(self, *, layers: typing.SupportsInt = 0, resident_layers: typing.SupportsInt = 2, transfer: typing.SupportsFloat = 0.0) -> None:
         ...
     def degree_needed(self, capacity_tokens: typing.SupportsInt, offload: typing.SupportsFloat, tokens: typing.SupportsInt, most: typing.SupportsInt) -> int | None:
+        ...
+    def most_hidden(self, cost: CostModel, tokens: typing.SupportsInt) -> float:
         ...
     def offload_needed(self, capacity_tokens: typing.SupportsInt, degree: typing.SupportsInt, tokens: typing.SupportsInt) -> float | None:
         ...
@@ -159,6 +161,12 @@ class MemoryModel:
         ...
     @resident_layers.setter
     def resident_layers(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def transfer(self) -> float:
+        ...
+    @transfer.setter
+    def transfer(self, arg0: typing.SupportsFloat) -> None:
         ...
 class SampleInfo:
     """
@@ -501,6 +509,54 @@ class StrategyRegistry:
         ...
     def names(self) -> list[str]:
         ...
+class StageAction:
+    """
+    One computation of a pipeline stage.
+    """
+    __hash__: typing.ClassVar[None] = None
+    defer_weight_gradient: bool
+    def __eq__(self, arg0: StageAction) -> bool:
+        ...
+    def __init__(self, op: str, slot: typing.SupportsInt, chunk: typing.SupportsInt = 0, *, defer_weight_gradient: bool = False) -> None:
+        """
+        `op` is forward, backward or weight_gradient.
+        """
+    def __repr__(self) -> str:
+        ...
+    @property
+    def chunk(self) -> int:
+        ...
+    @chunk.setter
+    def chunk(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def op(self) -> str:
+        ...
+    @property
+    def slot(self) -> int:
+        ...
+    @slot.setter
+    def slot(self, arg0: typing.SupportsInt) -> None:
+        ...
+class Schedule:
+    """
+    Each pipeline stage's total order of computations over slots.
+    """
+    def __init__(self, stages: collections.abc.Sequence[collections.abc.Sequence[StageAction]], placement: collections.abc.Sequence[tuple[typing.SupportsInt, typing.SupportsInt]] = []) -> None:
+        """
+        `stages` lists each stage's actions; `placement` the (stage, chunk) of the model's pieces in order, round the stages where it is not given.
+        """
+    @property
+    def placement(self) -> list[tuple[int, int]]:
+        ...
+    @property
+    def stages(self) -> list[list[StageAction]]:
+        """
+        A copy; assign a list to change it.
+        """
+    @stages.setter
+    def stages(self, arg0: collections.abc.Sequence[collections.abc.Sequence[StageAction]]) -> None:
+        ...
 class Rendezvous:
     """
     What meets inside an instruction.
@@ -608,6 +664,257 @@ class Violation:
     @property
     def message(self) -> str:
         ...
+class Link:
+    """
+    b bytes take latency + b / bandwidth (seconds, bytes/second).
+    """
+    __hash__: typing.ClassVar[None] = None
+    def __eq__(self, arg0: Link) -> bool:
+        ...
+    def __init__(self, bandwidth: typing.SupportsFloat, latency: typing.SupportsFloat = 0.0) -> None:
+        ...
+    @property
+    def bandwidth(self) -> float:
+        ...
+    @bandwidth.setter
+    def bandwidth(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def latency(self) -> float:
+        ...
+    @latency.setter
+    def latency(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class Cluster:
+    """
+    The machines; world ranks fill nodes in order.
+    """
+    @staticmethod
+    def from_yaml(text: str, name: str = 'cluster', base: Cluster = ...) -> Cluster:
+        ...
+    @staticmethod
+    def load(path: str) -> Cluster:
+        ...
+    def __init__(self) -> None:
+        ...
+    @property
+    def between(self) -> Link:
+        """
+        Between nodes, per rank.
+        """
+    @between.setter
+    def between(self, arg0: Link) -> None:
+        ...
+    @property
+    def compute_rate(self) -> float:
+        ...
+    @compute_rate.setter
+    def compute_rate(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def host(self) -> Link:
+        """
+        Device to host memory, per rank.
+        """
+    @host.setter
+    def host(self, arg0: Link) -> None:
+        ...
+    @property
+    def inside(self) -> Link:
+        """
+        Between ranks of one node.
+        """
+    @inside.setter
+    def inside(self, arg0: Link) -> None:
+        ...
+    @property
+    def loader_seconds(self) -> float:
+        ...
+    @loader_seconds.setter
+    def loader_seconds(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def nodes(self) -> int:
+        """
+        0: as many as the ranks need.
+        """
+    @nodes.setter
+    def nodes(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def ranks_per_node(self) -> int:
+        ...
+    @ranks_per_node.setter
+    def ranks_per_node(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def slow_ranks(self) -> dict[int, float]:
+        """
+        A copy; assign a dict to change it.
+        """
+    @slow_ranks.setter
+    def slow_ranks(self, arg0: collections.abc.Mapping[typing.SupportsInt, typing.SupportsFloat]) -> None:
+        ...
+class Workload:
+    """
+    The model as the simulator sees it.
+    """
+    @staticmethod
+    def from_yaml(text: str, name: str = 'cluster', base: Workload = ...) -> Workload:
+        ...
+    @staticmethod
+    def llama_7b() -> Workload:
+        """
+        ByteScale's figure 6.
+        """
+    @staticmethod
+    def llama_7b_cost() -> CostModel:
+        """
+        The cost model in whose units llama_7b counts seconds.
+        """
+    def __init__(self) -> None:
+        ...
+    @property
+    def dispatch_bytes(self) -> float:
+        ...
+    @dispatch_bytes.setter
+    def dispatch_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def forward_share(self) -> float:
+        ...
+    @forward_share.setter
+    def forward_share(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def gradient_bytes(self) -> float:
+        ...
+    @gradient_bytes.setter
+    def gradient_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def hidden_bytes(self) -> float:
+        ...
+    @hidden_bytes.setter
+    def hidden_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def key_value_bytes(self) -> float:
+        ...
+    @key_value_bytes.setter
+    def key_value_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def layers(self) -> int:
+        ...
+    @layers.setter
+    def layers(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def parameter_bytes(self) -> float:
+        ...
+    @parameter_bytes.setter
+    def parameter_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def saved_bytes(self) -> float:
+        ...
+    @saved_bytes.setter
+    def saved_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def seconds_per_work(self) -> float:
+        ...
+    @seconds_per_work.setter
+    def seconds_per_work(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def step_seconds(self) -> float:
+        ...
+    @step_seconds.setter
+    def step_seconds(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def weight_gradient_share(self) -> float:
+        ...
+    @weight_gradient_share.setter
+    def weight_gradient_share(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class SimulatedSpan:
+    """
+    One instruction of one rank, in seconds.
+    """
+    @property
+    def begin(self) -> float:
+        ...
+    @property
+    def chunk(self) -> int:
+        ...
+    @property
+    def compute(self) -> float:
+        ...
+    @property
+    def end(self) -> float:
+        ...
+    @property
+    def exposed(self) -> float:
+        ...
+    @property
+    def op(self) -> str:
+        ...
+    @property
+    def rank(self) -> int:
+        ...
+    @property
+    def slot(self) -> int:
+        ...
+    @property
+    def unit(self) -> int:
+        ...
+class Simulation:
+    """
+    Times in seconds, bytes as sent.
+    """
+    @property
+    def bubble(self) -> float:
+        """
+        Mean time without computation, as a part of the step.
+        """
+    @property
+    def busy(self) -> list[float]:
+        """
+        Computation of every world rank.
+        """
+    @property
+    def bytes_between(self) -> float:
+        ...
+    @property
+    def bytes_host(self) -> float:
+        ...
+    @property
+    def bytes_inside(self) -> float:
+        ...
+    @property
+    def exposed(self) -> list[float]:
+        """
+        Unhidden communication of every world rank.
+        """
+    @property
+    def finish(self) -> list[float]:
+        """
+        Of every world rank.
+        """
+    @property
+    def peak_memory(self) -> list[float]:
+        """
+        Bytes of saved activations.
+        """
+    @property
+    def spans(self) -> list[SimulatedSpan]:
+        ...
+    @property
+    def step_time(self) -> float:
+        ...
 def check_plan(plan: StepPlan) -> list[Violation]:
     """
     All violations of the plan's contracts; empty: it is valid.
@@ -616,15 +923,19 @@ def check_programs(plan: StepPlan, programs: collections.abc.Sequence[Program]) 
     """
     All violations of all ranks' programs together.
     """
+def check_schedule(schedule: Schedule, layout: Layout, slots: typing.SupportsInt) -> None:
+    """
+    Raises PlanError for a table that can't be carried out.
+    """
 def chunk_range(tokens: typing.SupportsInt, degree: typing.SupportsInt, chunk: typing.SupportsInt) -> tuple[int, int]:
     """
     Chunk k of 2D of a document, as (begin, end).
     """
-def compile(plan: StepPlan, *, layers: typing.SupportsInt = 1, schedule: str = '') -> list[Program]:
+def compile(plan: StepPlan, *, layers: typing.SupportsInt = 1, schedule: str = '', table: Schedule = None) -> list[Program]:
     """
-    Programs of all ranks, in rank order.
+    Programs of all ranks, in rank order. `table` is a pipeline schedule of one's own.
     """
-def compile_rank(plan: StepPlan, rank: typing.SupportsInt, *, layers: typing.SupportsInt = 1, schedule: str = '') -> Program:
+def compile_rank(plan: StepPlan, rank: typing.SupportsInt, *, layers: typing.SupportsInt = 1, schedule: str = '', table: Schedule = None) -> Program:
     ...
 def into_slots(units: collections.abc.Sequence[Unit], hdp: typing.SupportsInt) -> list[Slot]:
     """
@@ -642,6 +953,10 @@ def make_plan(problem: PlanProblem, strategy: str = 'balanced') -> StepPlan:
 @typing.overload
 def make_plan(problem: PlanProblem, strategy: BalanceStrategy, name: str | None = None) -> StepPlan:
     ...
+def make_schedule(name: str, layout: Layout, slots: typing.SupportsInt) -> Schedule:
+    """
+    A built-in schedule as a table.
+    """
 def member_ranges(tokens: typing.SupportsInt, degree: typing.SupportsInt, index: typing.SupportsInt) -> tuple[tuple[int, int], tuple[int, int]]:
     """
     The two token ranges that one member of a unit holds of a document.
@@ -657,6 +972,14 @@ def parse_lockstep(name: str) -> typing.Any:
 def register_strategy(name: str) -> collections.abc.Callable:
     """
     Class decorator: registers a BalanceStrategy under a name.
+    """
+def schedule_names() -> list[str]:
+    """
+    Built-in pipeline schedules.
+    """
+def simulate(plan: StepPlan, cluster: Cluster, workload: Workload, *, schedule: str = '', table: Schedule = None, spans: bool = False) -> Simulation:
+    """
+    Compiles the plan's programs and runs them on a cost model.
     """
 def strategy_names() -> list[str]:
     """

@@ -82,6 +82,7 @@ def simulate(
         described = default_workload(plan.cost)
     else:
         cluster, described = read_cluster(cluster, base=default_workload(plan.cost))
-    return _plan.simulate(
-        plan, cluster, workload or described, schedule=schedule, table=table, spans=spans
-    )
+    workload = workload or described
+    if table is not None:
+        return _plan.simulate(plan, cluster, workload, table=table, spans=spans)
+    return _plan.simulate(plan, cluster, workload, schedule=schedule, spans=spans)

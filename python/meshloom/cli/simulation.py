@@ -176,7 +176,7 @@ def _write_timeline(path: str, plan: StepPlan, result: Simulation) -> None:
         if span.end <= span.begin:
             continue
         name = span.op if span.slot < 0 else f"{span.op} {span.slot}"
-        arguments = {"compute": span.compute, "exposed": span.exposed}
+        arguments: dict[str, Any] = {"compute": span.compute, "exposed": span.exposed}
         if span.unit >= 0:
             arguments["samples"] = slots[span.slot][span.unit].samples
         events.append(
