@@ -48,6 +48,10 @@ FlatRange Zero1::range(int rank) const {
 void Zero1::zero_gradients() { parameters_.gradients().zero_(); }
 
 void Zero1::reduce() {
+  if (group_.size() == 1) {  // the whole buffer is the shard: no second one
+    shard_gradient_ = parameters_.gradients();
+    return;
+  }
   shard_gradient_ = group_.reduce_scatter(parameters_.gradients(), rows_, kGradientCall).result();
 }
 

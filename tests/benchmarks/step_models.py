@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -107,7 +109,9 @@ class TransformersStep:
         if compiled:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
         lengths = [len(d) for d in docs]
         groups = buckets(lengths) if mode == "buckets" else [[i] for i in range(len(docs))]
         self.loss_tokens = sum(n - 1 for n in lengths)
@@ -125,9 +129,10 @@ class TransformersStep:
             padded = len(group) > 1
             self.batches.append((ids, mask if padded else None, labels))
 
-    def step(self) -> tuple[float, float]:
+    def step(self) -> dict[str, float]:
         torch = self.torch
         begin = time.perf_counter()
+        cpu = time.process_time()
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for ids, mask, labels in self.batches:
@@ -139,4 +144,22 @@ class TransformersStep:
             loss.backward()
             total += float(loss.detach())
         self.optimizer.step()
-        return time.perf_counter() - begin, total
+        return {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+            "loss": total,
+        }
+
+
+def serve(folder: Path, documents_path: Path, mode: str, compiled: bool) -> None:
+    """A step for every line of standard input; the peak of resident memory at its end."""
+    docs = [json.loads(line)["tokens"] for line in documents_path.read_text().splitlines()]
+    side = TransformersStep(folder, docs, mode, compiled)
+    for _ in sys.stdin:
+        print(json.dumps(side.step()), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "1")
