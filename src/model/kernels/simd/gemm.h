@@ -17,17 +17,22 @@ template <class T, int M, int N>
 MESHLOOM_INLINE void multiply(Vec<T> (&acc)[M][N], const T* a, std::int64_t a_row,
                               std::int64_t a_col, const T* b, std::int64_t b_row,
                               std::int64_t k_count) {
+  // Two pointers, three rows each: strides of more rows would not fit the integer registers.
+  constexpr int kHalf = 3;
+  const T* low = a;
+  const T* high = M > kHalf ? a + kHalf * a_row : a;
   for (std::int64_t k = 0; k < k_count; ++k) {
     Vec<T> bv[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) bv[j] = load(b + j * kLanes<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vec<T> av = splat(a[i * a_row]);
+      const Vec<T> av = splat(i < kHalf ? low[i * a_row] : high[(i - kHalf) * a_row]);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) acc[i][j] += av * bv[j];
     }
-    a += a_col;
+    low += a_col;
+    high += a_col;
     b += b_row;
   }
 }
