@@ -15,8 +15,8 @@ namespace meshloom::plan::balance {
 namespace {
 
 /// What sending the reference's traffic once more may cost, as a part of the step.
-constexpr double kTrafficPrice = 0.06;
-constexpr double kTrafficBase = 0.5;
+constexpr double kPriceOfTraffic = 0.06;
+constexpr double kShareOfTokens = 0.5;
 /// Numbers of slots that are tried, as multiples of what memory asks for.
 constexpr double kSlotFactors[] = {1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0};
 /// Bins that a short sample is offered to before a slot is added.
@@ -263,7 +263,7 @@ std::vector<Slot> level_slots(const PlanProblem& problem, const Model& model,
   trial.cost = problem.cost;
   trial.samples = problem.samples;
   const double base =
-      model.reference_exchange + kTrafficBase * static_cast<double>(model.total_tokens);
+      model.reference_exchange + kShareOfTokens * static_cast<double>(model.total_tokens);
   std::vector<Slot> best;
   double best_price = std::numeric_limits<double>::infinity();
   const auto consider = [&](std::vector<Slot> slots) {
@@ -272,7 +272,7 @@ std::vector<Slot> level_slots(const PlanProblem& problem, const Model& model,
     const double least = std::max(trial.predicted.lower_bound, 1e-300);
     const double price =
         *trial.predicted.step_time / least +
-        kTrafficPrice * static_cast<double>(trial.predicted.exchange_tokens) / base;
+        kPriceOfTraffic * static_cast<double>(trial.predicted.exchange_tokens) / base;
     if (price >= best_price) return;
     best_price = price;
     best = std::move(trial.slots);
