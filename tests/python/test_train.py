@@ -292,3 +292,14 @@ def test_ranks_end_with_their_launcher(build_dir: Path, tmp_path: Path) -> None:
     while ranks() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not ranks()
+
+
+def test_quickstart_config_trains(build_dir: Path, tmp_path: Path) -> None:
+    """One step of examples/quickstart.sh's run, on the headers of this repository."""
+    result = meshloom(
+        build_dir, "train", running.ROOT / "examples/quickstart.yaml", "--ranks", 4, "--steps", 1,
+        "--data", running.ROOT / "include", "--run", tmp_path / "run",
+    )
+    assert "14.8 M parameters" in result.stdout
+    (loss,) = losses(tmp_path / "run")
+    assert 8.0 < loss < 10.0  # ln 8192 is 9.0: a fresh model knows nothing
