@@ -15,7 +15,9 @@
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/sharded_linear.h"
 #include "meshloom/model/token_dispatcher.h"
+#include "meshloom/parallel/gather_exchange.h"
 #include "meshloom/parallel/ring_exchange.h"
+#include "meshloom/parallel/ulysses_exchange.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -115,10 +117,15 @@ std::unique_ptr<model::AttentionExchange> make_exchange(const comm::Communicator
       return std::make_unique<model::LocalAttention>();
     case plan::Exchange::kRing:
       return std::make_unique<RingExchange>(hdp, unit.ranks, std::move(spans), std::move(buffers));
+    case plan::Exchange::kAllGather:
+      return std::make_unique<GatherExchange>(hdp, unit.ranks, std::move(spans));
+    case plan::Exchange::kUlysses:
+      return std::make_unique<UlyssesExchange>(hdp, unit.ranks, std::move(spans));
     default:
-      throw NotSupported("parallel.make_exchange",
-                         fmt::format("exchange \"{}\" is not built; use \"ring\"",
-                                     plan::to_string(unit.exchange)));
+      throw NotSupported(
+          "parallel.make_exchange",
+          fmt::format("exchange \"{}\" is not built; built are ring, all_gather and ulysses",
+                      plan::to_string(unit.exchange)));
   }
 }
 

@@ -4,66 +4,17 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
-#include <algorithm>
 #include <array>
 #include <limits>
 #include <utility>
 
-#include "meshloom/core/check.h"
 #include "meshloom/model/attention_kernel.h"
-#include "meshloom/plan/slicing.h"
+#include "parallel/internal/unit_exchange.h"
 
 namespace meshloom::parallel {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-constexpr comm::CallOptions kExchangeCall{.timeout = std::nullopt, .purpose = "exchange"};
-
-/// Rows that member `member` of `degree` holds of the batch's documents.
-std::int64_t member_rows(const model::SequenceBatch& batch, int degree, int member) {
-  std::int64_t rows = 0;
-  for (const auto& document : batch.documents) {
-    for (const auto& range : plan::member_ranges(document.length, degree, member)) {
-      rows += range.size();
-    }
-  }
-  return rows;
-}
-
-/// Own queries against the keys of `member`, in document order; pairs in which no query sees a key
-/// are left out.
-std::vector<model::AttentionBlock> blocks_against(const model::SequenceBatch& batch, int degree,
-                                                  int member, std::int64_t window) {
-  std::vector<model::AttentionBlock> blocks;
-  std::int64_t q_row = 0;
-  std::int64_t k_row = 0;
-  for (const auto& document : batch.documents) {
-    const auto keys = plan::member_ranges(document.length, degree, member);
-    for (const auto& query : document.ranges) {
-      std::int64_t k_begin = k_row;
-      for (const auto& key : keys) {
-        const bool causal = key.begin < query.end;
-        const bool near = window == 0 || key.end - 1 > query.begin - window;
-        if (query.size() > 0 && key.size() > 0 && causal && near) {
-          blocks.push_back({.q_begin = q_row,
-                            .q_rows = query.size(),
-                            .q_position = query.begin,
-                            .k_begin = k_begin,
-                            .k_rows = key.size(),
-                            .k_position = key.begin});
-        }
-        k_begin += key.size();
-      }
-      q_row += query.size();
-    }
-    for (const auto& key : keys) k_row += key.size();
-  }
-  return blocks;
-}
+using detail::Flight;
 
 /// What each reused buffer holds; pairs alternate, one in flight while the other is worked on.
 enum Buffer : std::size_t { kBlocks = 0, kGradients = 2, kPartial = 4 };
@@ -76,16 +27,6 @@ std::size_t alternate(Buffer first, int step) {
 std::array<std::int64_t, 4> block_shape(std::int64_t rows, const at::Tensor& k) {
   return {2, rows, k.size(1), k.size(2)};
 }
-
-at::ScalarType statistics_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-/// One grouped call in flight, and the tensors it fills.
-struct Flight {
-  comm::Work work;
-  Clock::time_point posted;
-};
 
 }  // namespace
 
@@ -128,11 +69,7 @@ RingExchange::RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanS
       ranks_(std::move(ranks)),
       spans_(std::move(spans)),
       buffers_(buffers ? std::move(buffers) : std::make_shared<ExchangeBuffers>()) {
-  const auto own = std::find(ranks_.begin(), ranks_.end(), hdp_.rank());
-  MESHLOOM_CHECK(
-      own != ranks_.end(), "parallel.ring_exchange",
-      fmt::format("rank {} is not in the unit's ranks [{}]", hdp_.rank(), fmt::join(ranks_, ", ")));
-  index_ = static_cast<int>(own - ranks_.begin());
+  index_ = detail::member_index(hdp_, ranks_, "parallel.ring_exchange");
 }
 
 at::Tensor RingExchange::pack(const at::Tensor& k, const at::Tensor& v) {
@@ -142,23 +79,13 @@ at::Tensor RingExchange::pack(const at::Tensor& k, const at::Tensor& v) {
   return packed;
 }
 
-/// Waits and tells the span sink how long the transfer took and how much of it was exposed.
-static void finish(Flight& flight, const SpanSink& spans) {
-  const auto waiting = Clock::now();
-  flight.work.wait();
-  if (!spans) return;
-  const auto now = Clock::now();
-  spans(Span::Kind::kExchange, flight.posted, now);
-  spans(Span::Kind::kWait, waiting, now);
-}
-
 model::AttentionOutput RingExchange::forward(const at::Tensor& q, const at::Tensor& k,
                                              const at::Tensor& v, const model::SequenceBatch& batch,
                                              const model::AttentionOptions& options) {
   const int size = degree();
   const int next = ranks_[static_cast<std::size_t>((index_ + 1) % size)];
   const int previous = ranks_[static_cast<std::size_t>((index_ + size - 1) % size)];
-  const auto statistics = q.options().dtype(statistics_type(q));
+  const auto statistics = q.options().dtype(detail::statistics_type(q));
   auto out = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
   auto lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), statistics);
 
@@ -169,17 +96,17 @@ model::AttentionOutput RingExchange::forward(const at::Tensor& q, const at::Tens
     Flight flight;
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming = buffers_->take(alternate(kBlocks, step + 1),
-                                block_shape(member_rows(batch, size, sender), k), k.options());
+      incoming =
+          buffers_->take(alternate(kBlocks, step + 1),
+                         block_shape(detail::member_rows(batch, size, sender), k), k.options());
       const comm::Transfer send{.peer = next, .tensor = &held};
       const comm::Transfer receive{.peer = previous, .tensor = &incoming};
-      flight.posted = Clock::now();
-      flight.work = hdp_.send_receive({&send, 1}, {&receive, 1}, kExchangeCall);
+      flight = detail::post(hdp_, {&send, 1}, {&receive, 1});
     }
-    const auto blocks = blocks_against(batch, size, member, options.window);
+    const auto blocks = detail::blocks_against(batch, size, member, options.window);
     model::attention_forward_(out, lse, q, held.select(0, 0), held.select(0, 1), blocks, options);
     if (step + 1 < size) {
-      finish(flight, spans_);
+      detail::finish(flight, spans_);
       held = incoming;
     }
   }
@@ -198,7 +125,7 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
   const int size = degree();
   const int next = ranks_[static_cast<std::size_t>((index_ + 1) % size)];
   const int previous = ranks_[static_cast<std::size_t>((index_ + size - 1) % size)];
-  const auto statistics = q.options().dtype(statistics_type(q));
+  const auto statistics = q.options().dtype(detail::statistics_type(q));
   const auto delta = model::attention_delta(dout, forward.out);
   auto dq = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
 
@@ -217,13 +144,14 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
     }
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming = buffers_->take(alternate(kBlocks, step + 1),
-                                block_shape(member_rows(batch, size, sender), k), k.options());
+      incoming =
+          buffers_->take(alternate(kBlocks, step + 1),
+                         block_shape(detail::member_rows(batch, size, sender), k), k.options());
       sends.push_back({.peer = next, .tensor = &held});
       receives.push_back({.peer = previous, .tensor = &incoming});
     }
-    Flight flight{.work = {}, .posted = Clock::now()};
-    if (!sends.empty()) flight.work = hdp_.send_receive(sends, receives, kExchangeCall);
+    Flight flight;
+    if (!sends.empty()) flight = detail::post(hdp_, sends, receives);
 
     auto gradient = size == 1
                         ? at::empty(held.sizes(), statistics)
@@ -231,10 +159,10 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
     gradient.zero_();
     auto dk = gradient.select(0, 0);
     auto dv = gradient.select(0, 1);
-    const auto blocks = blocks_against(batch, size, member, options.window);
+    const auto blocks = detail::blocks_against(batch, size, member, options.window);
     model::attention_backward_(dq, dk, dv, dout, q, held.select(0, 0), held.select(0, 1),
                                forward.lse, delta, blocks, options);
-    if (!sends.empty()) finish(flight, spans_);
+    if (!sends.empty()) detail::finish(flight, spans_);
     if (step > 0) gradient.add_(partial);
     outgoing = gradient;
     held = incoming;
@@ -243,9 +171,8 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
     auto home = at::empty({2, k.size(0), k.size(1), k.size(2)}, statistics);
     const comm::Transfer send{.peer = next, .tensor = &outgoing};
     const comm::Transfer receive{.peer = previous, .tensor = &home};
-    Flight flight{.work = {}, .posted = Clock::now()};
-    flight.work = hdp_.send_receive({&send, 1}, {&receive, 1}, kExchangeCall);
-    finish(flight, spans_);
+    Flight flight = detail::post(hdp_, {&send, 1}, {&receive, 1});
+    detail::finish(flight, spans_);
     outgoing = home;
   }
   const auto type = q.scalar_type();

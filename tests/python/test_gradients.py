@@ -87,8 +87,9 @@ def test_processes_and_the_balance_loss(build_dir: Path, case: dict, tmp_path: P
     check(dump, case, "balanced")
 
 
-def test_given_plan(build_dir: Path, case: dict, tmp_path: Path) -> None:
-    """A plan written by `meshloom plan`, changed by hand: units of other ranks, another order."""
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "ulysses"])
+def test_given_plan(build_dir: Path, case: dict, tmp_path: Path, exchange: str) -> None:
+    """A plan written by `meshloom plan`, changed by hand: other ranks, order and exchange."""
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text((case["folder"] / "documents.jsonl").read_text())
     plan = tmp_path / "plan.json"
@@ -98,6 +99,8 @@ def test_given_plan(build_dir: Path, case: dict, tmp_path: Path) -> None:
     for slot in tree["slots"]:
         for unit in slot["units"]:
             unit["ranks"] = [3 - rank for rank in unit["ranks"]]
+            if len(unit["ranks"]) > 1:
+                unit["exchange"] = exchange
     plan.write_text(json.dumps(tree))
     dump = tmp_path / "out.safetensors"
     meshloom(build_dir, *arguments(case, dump), "--plan", plan)

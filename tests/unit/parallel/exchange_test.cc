@@ -13,6 +13,7 @@
 #include <chrono>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,7 @@
 #include "meshloom/core/error.h"
 #include "meshloom/core/random.h"
 #include "meshloom/model/attention_kernel.h"
+#include "meshloom/parallel/executor.h"
 #include "meshloom/parallel/sample_batch.h"
 
 namespace meshloom::parallel {
@@ -78,7 +80,7 @@ struct Case {
   std::vector<std::int64_t> lengths;
 };
 
-void check(const Case& c) {
+void check(const Case& c, plan::Exchange kind = plan::Exchange::kRing) {
   const std::int64_t dim = 8;
   const auto total = std::accumulate(c.lengths.begin(), c.lengths.end(), std::int64_t{0});
   const auto q = random_tensor({total, c.heads, dim}, 1);
@@ -111,11 +113,13 @@ void check(const Case& c) {
                     row_numbers(c.lengths), at::kCPU);
     const auto rows = batch.tokens;
     const auto pick = [&](const at::Tensor& x) { return x.index_select(0, rows); };
-    RingExchange ring(hdp, ranks);
-    const auto out = ring.forward(pick(q), pick(k), pick(v), batch, options);
+    plan::Unit unit = plan.slots[0].units[0];
+    unit.exchange = kind;
+    const auto exchange = make_exchange(hdp, unit, {});
+    const auto out = exchange->forward(pick(q), pick(k), pick(v), batch, options);
     EXPECT_LE(worst(out.out, pick(expected.out), expected.out), kFp64Tolerance);
     const auto gradients =
-        ring.backward(pick(dout), pick(q), pick(k), pick(v), out, batch, options);
+        exchange->backward(pick(dout), pick(q), pick(k), pick(v), out, batch, options);
     EXPECT_LE(worst(gradients.dq, pick(expected_gradients.dq), expected_gradients.dq),
               kFp64Tolerance);
     EXPECT_LE(worst(gradients.dk, pick(expected_gradients.dk), expected_gradients.dk),
@@ -133,6 +137,51 @@ TEST(RingExchange, EqualsLocalAttentionOnAnyNumberOfRanks) {
            .kv_heads = 2,
            .window = 0,
            .lengths = {1, 97, 3, 16 * ranks, 2 * ranks, 13}});
+  }
+}
+
+class Exchanges : public ::testing::TestWithParam<plan::Exchange> {};
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Exchanges,
+                         ::testing::Values(plan::Exchange::kAllGather, plan::Exchange::kUlysses),
+                         [](const auto& entry) {
+                           return std::string(plan::to_string(entry.param));
+                         });
+
+TEST_P(Exchanges, EqualLocalAttentionOnAnyNumberOfRanks) {
+  for (const int ranks : {1, 2, 3, 4, 5, 7, 8}) {
+    SCOPED_TRACE(ranks);
+    check({.ranks = ranks,
+           .heads = 4,
+           .kv_heads = 2,
+           .window = 0,
+           .lengths = {1, 97, 3, 16 * ranks, 2 * ranks, 13}},
+          GetParam());
+  }
+}
+
+TEST_P(Exchanges, CarryAnyHeadCounts) {
+  for (const std::int64_t heads : {3, 7, 8}) {
+    for (const std::int64_t kv_heads : {1, 2, 8}) {
+      if (heads % kv_heads != 0) continue;
+      for (const int ranks : {2, 3, 8}) {
+        SCOPED_TRACE(heads * 100 + kv_heads * 10 + ranks);
+        check({.ranks = ranks,
+               .heads = heads,
+               .kv_heads = kv_heads,
+               .window = 0,
+               .lengths = {41, 5, 64}},
+              GetParam());
+      }
+    }
+  }
+}
+
+TEST_P(Exchanges, RespectSlidingWindows) {
+  for (const std::int64_t window : {1, 7, 33, 1000}) {
+    SCOPED_TRACE(window);
+    check({.ranks = 3, .heads = 4, .kv_heads = 2, .window = window, .lengths = {50, 2, 101}},
+          GetParam());
   }
 }
 

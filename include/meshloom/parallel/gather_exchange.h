@@ -1,0 +1,50 @@
+#pragma once
+
+#include <vector>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/core/export.h"
+#include "meshloom/model/attention_exchange.h"
+#include "meshloom/parallel/span.h"
+
+namespace meshloom::parallel {
+
+/// Attention over one unit with all keys and values gathered by one grouped call: every rank sends
+/// its block to all others and computes on its own while theirs arrive; in backward it gathers
+/// again and sends every gradient home in one call. As many bytes as the ring in fewer, larger
+/// steps, for the memory of all blocks at once: best where K/V heads are few and groups small.
+/// Results are bit for bit the ring's forward, since blocks are merged in the same order.
+///
+/// One instance a micro-batch; all ranks of the unit make the same calls. A failed exchange leaves
+/// the communicator aborted.
+class MESHLOOM_API GatherExchange final : public model::AttentionExchange {
+ public:
+  /// @param hdp    communicator over the HDP axis
+  /// @param ranks  the unit's ranks on it; contains hdp.rank()
+  /// @param spans  told of every transfer and every wait; may be empty
+  GatherExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans = {});
+
+  model::AttentionOutput forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const model::SequenceBatch& batch,
+                                 const model::AttentionOptions& options) override;
+  model::AttentionGradients backward(const at::Tensor& dout, const at::Tensor& q,
+                                     const at::Tensor& k, const at::Tensor& v,
+                                     const model::AttentionOutput& forward,
+                                     const model::SequenceBatch& batch,
+                                     const model::AttentionOptions& options) override;
+
+ private:
+  struct Gathered;
+  [[nodiscard]] int degree() const { return static_cast<int>(ranks_.size()); }
+  /// Posts the gather; block 0 is the own one, block s that of member index - s.
+  [[nodiscard]] Gathered gather(const at::Tensor& k, const at::Tensor& v,
+                                const model::SequenceBatch& batch);
+  [[nodiscard]] int member(int step) const { return (index_ + degree() - step) % degree(); }
+
+  comm::Communicator hdp_;
+  std::vector<int> ranks_;
+  int index_ = 0;
+  SpanSink spans_;
+};
+
+}  // namespace meshloom::parallel
