@@ -22,7 +22,8 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    # Of the wavelengths 6, 40, 250, ... the first is kept, the second blended, all others stretched.
+    "original_max_position_embeddings": 100,
 }
 YARN_ROPE = {
     "rope_type": "yarn",
