@@ -24,6 +24,7 @@
 #include "meshloom/core/environment.h"
 #include "meshloom/data/loader.h"
 #include "meshloom/data/sources.h"
+#include "meshloom/model/ops.h"
 #include "meshloom/train/trainer.h"
 
 namespace {
@@ -65,7 +66,9 @@ bool another(meshloom::comm::Communicator& world) {
 }
 
 void run(const std::string& model, const std::string& documents_path, int threads) {
-  auto world = meshloom::comm::make_world(meshloom::Environment::from_process());
+  const auto environment = meshloom::Environment::from_process();
+  meshloom::model::ops::set_cpu_level(environment.cpu);
+  auto world = meshloom::comm::make_world(environment);
   const std::vector<Document> documents = read_documents(documents_path);
   std::int64_t total = 0;
   std::int64_t longest = 0;

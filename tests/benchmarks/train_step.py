@@ -207,10 +207,10 @@ def main() -> None:
                 kind, mix = case.split("-")
                 built = Case(kind, mix, folder, arguments.build)
                 results[case] = against_transformers(built, arguments.pairs, arguments.search)
-            print(json.dumps({case: list(results.values())[-1]}), file=sys.stderr, flush=True)
+            print(f"{case} done", file=sys.stderr, flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
