@@ -173,14 +173,15 @@ def table(results: dict[str, dict]) -> str:
     ]
     for name, result in results.items():
         ours, theirs = result["tokens_per_second"]
-        memory = ""
+        memory = cpu = ""  # the CPU time of two ranks is rank 0's alone
         if "peak_bytes" in result:
             a, b = (peak / 2**20 for peak in result["peak_bytes"])
+            cpu = f"{result['cpu_ratio']:.2f}"
             memory = f"{a:.0f} / {b:.0f} MiB = {result['memory_ratio']:.2f}"
         against = result.get("transformers", "one process, two threads")
         lines.append(
             f"| {name} | {against} | {ours} / {theirs} | {result['ratio']:.2f} "
-            f"| {result['cpu_ratio']:.2f} | {memory} |"
+            f"| {cpu} | {memory} |"
         )
     return "\n".join(lines)
 
