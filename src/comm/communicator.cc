@@ -157,6 +157,7 @@ void add(TrafficEntry& total, const TrafficEntry& entry) {
 
 Communicator::Communicator(std::shared_ptr<GroupImpl> impl) : impl_(std::move(impl)) {
   if (!impl_) throw InvalidArgument("comm.communicator", "the group is null");
+  impl_->info().groups->add(impl_);
 }
 
 int Communicator::rank() const { return impl_->info().rank; }
@@ -170,6 +171,7 @@ void Communicator::abort(const std::string& reason) noexcept { impl_->abort(reas
 Work Communicator::start(const Request& request, const CallOptions& options) {
   const auto& info = impl_->info();
   Request numbered = request;
+  detail::use_aliases(numbered);
   numbered.sequence =
       request.operation == Operation::kSendReceive ? impl_->exchanges++ : impl_->collectives++;
   const TrafficEntry entry = traffic_of(request, info.rank, info.size);
@@ -314,5 +316,21 @@ void Communicator::reset_traffic() {
 }
 
 std::string Communicator::pending_report() const { return impl_->pending_report(); }
+
+std::string Communicator::report() const {
+  constexpr std::ptrdiff_t kLastCalls = 12;
+  std::string waits;
+  for (const auto& group : impl_->info().groups->groups()) waits += group->pending_report();
+  const auto doing = impl_->info().recorder->doing();
+  std::string result = fmt::format("{}, backend {}{}{}\n", who(*impl_), backend(),
+                                   doing->empty() ? "" : ", in ", *doing);
+  result += waits.empty() ? "waits for nothing\n" : "waits for:\n" + waits;
+  const auto records = impl_->info().recorder->records();
+  result += fmt::format("last {} of {} calls kept:\n", std::min(std::ssize(records), kLastCalls),
+                        records.size());
+  const auto first = records.size() - std::min<std::size_t>(records.size(), kLastCalls);
+  for (std::size_t i = first; i < records.size(); ++i) result += to_text(records[i]) + '\n';
+  return result;
+}
 
 }  // namespace meshloom::comm

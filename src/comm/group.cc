@@ -9,6 +9,24 @@
 
 namespace meshloom::comm::detail {
 
+void GroupList::add(const std::shared_ptr<GroupImpl>& group) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(groups_, [](const auto& other) { return other.expired(); });
+  for (const auto& other : groups_) {
+    if (other.lock() == group) return;
+  }
+  groups_.push_back(group);
+}
+
+std::vector<std::shared_ptr<GroupImpl>> GroupList::groups() const {
+  std::vector<std::shared_ptr<GroupImpl>> result;
+  const std::lock_guard lock(mutex_);
+  for (const auto& weak : groups_) {
+    if (auto group = weak.lock()) result.push_back(std::move(group));
+  }
+  return result;
+}
+
 GroupInfo make_info(const GroupOptions& options, int rank, int size) {
   MESHLOOM_CHECK_GE(size, 1, "comm.world", "size");
   MESHLOOM_CHECK(rank >= 0 && rank < size, "comm.world",
@@ -21,6 +39,7 @@ GroupInfo make_info(const GroupOptions& options, int rank, int size) {
   MESHLOOM_CHECK_GT(info.timeout.count(), 0, "comm.world", "timeout in milliseconds");
   info.deterministic = options.deterministic;
   info.recorder = std::make_shared<FlightRecorder>(options.recorded_calls);
+  info.groups = std::make_shared<GroupList>();
   return info;
 }
 

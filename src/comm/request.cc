@@ -71,6 +71,21 @@ std::int64_t row_bytes(const at::Tensor& tensor) {
   return result;
 }
 
+at::Tensor alias_of(const at::Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  auto* const impl = tensor.unsafeGetTensorImpl();
+  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), false));
+}
+
+void use_aliases(Request& request) {
+  const bool in_place = request.output.is_same(request.input);
+  request.input = alias_of(request.input);
+  request.output = in_place ? request.input : alias_of(request.output);
+  for (auto* messages : {&request.sends, &request.receives}) {
+    for (Message& message : *messages) message.tensor = alias_of(message.tensor);
+  }
+}
+
 std::int64_t sum(const std::vector<std::int64_t>& values) {
   return std::accumulate(values.begin(), values.end(), std::int64_t{0});
 }

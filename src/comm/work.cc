@@ -20,6 +20,7 @@ WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std
       rank_(group->info().rank),
       size_(group->info().size),
       group_name_(group->info().name),
+      doing_(recorder_->doing()),
       request_(std::move(request)),
       purpose_(std::move(purpose)),
       start_(std::chrono::steady_clock::now()),
@@ -28,8 +29,8 @@ WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std
 std::string WorkImpl::where() const { return std::string("comm.") + name_of(request_.operation); }
 
 std::string WorkImpl::who() const {
-  return fmt::format("rank {}/{} group \"{}\" (purpose {}, call {})", rank_, size_, group_name_,
-                     purpose_, request_.sequence);
+  return fmt::format("rank {}/{} group \"{}\" (purpose {}, call {}{}{})", rank_, size_, group_name_,
+                     purpose_, request_.sequence, doing_->empty() ? "" : ", in ", *doing_);
 }
 
 double WorkImpl::age_seconds() const {
@@ -38,24 +39,32 @@ double WorkImpl::age_seconds() const {
 
 bool WorkImpl::end(std::exception_ptr error) {
   const bool ok = error == nullptr;
-  at::Tensor input;
-  std::vector<Message> sends;
   {
+    Request released;  // freed outside the lock
     const std::lock_guard lock(mutex_);
-    if (done()) return false;
+    if (ending_) return false;
+    ending_ = true;
     if (ok) {
-      // The signature is needed no longer and neither are the inputs; freed outside the lock.
-      input = std::move(request_.input);
-      sends = std::move(request_.sends);
+      released.input = std::move(request_.input);
+      released.sends = std::move(request_.sends);
+      released.receives = std::move(request_.receives);
+      if (!has_output()) released.output = std::move(request_.output);
     }
-    error_ = std::move(error);
-    helper_ = nullptr;
-    recorder_->end(record_, ok);
-    done_.store(true, std::memory_order_release);
-    // Under the lock: once the lock is free a waiter may return and the call's owner may go away.
-    changed_.notify_all();
   }
+  const std::lock_guard lock(mutex_);
+  error_ = std::move(error);
+  helper_ = nullptr;
+  recorder_->end(record_, ok);
+  done_.store(true, std::memory_order_release);
+  // Under the lock: once the lock is free a waiter may return and the call's owner may go away.
+  changed_.notify_all();
   return true;
+}
+
+bool WorkImpl::has_output() const {
+  return request_.operation == Operation::kAllGather ||
+         request_.operation == Operation::kReduceScatter ||
+         request_.operation == Operation::kAllToAll;
 }
 
 void WorkImpl::complete() { end(nullptr); }
@@ -112,11 +121,8 @@ void WorkImpl::expire(std::chrono::milliseconds limit) {
 }
 
 at::Tensor WorkImpl::output() const {
-  const bool has_output = request_.operation == Operation::kAllGather ||
-                          request_.operation == Operation::kReduceScatter ||
-                          request_.operation == Operation::kAllToAll;
-  if (!has_output) throw InvalidArgument(where(), who() + ": the operation has no output");
-  return request_.output;
+  if (!has_output()) throw InvalidArgument(where(), who() + ": the operation has no output");
+  return alias_of(request_.output);
 }
 
 }  // namespace detail

@@ -120,6 +120,10 @@ class MESHLOOM_API Communicator {
   /// not answered where the backend knows them. Empty when nothing is pending.
   [[nodiscard]] std::string pending_report() const;
 
+  /// What this rank waits for and did before, over the world that this group was split from and all
+  /// its groups: for a hang, a signal or a time limit. Any thread; never waits for peers.
+  [[nodiscard]] std::string report() const;
+
  private:
   [[nodiscard]] Work start(const detail::Request& request, const CallOptions& options);
 

@@ -13,6 +13,18 @@
 
 namespace meshloom::comm {
 
+/// What a rank does, in the words of a plan; whoever runs the plan sets it. -1 and empty: not said.
+struct Label {
+  std::int64_t step = -1;
+  std::string instruction;  ///< "forward", "backward", "reduce", ...
+  std::int64_t slot = -1;
+  std::int64_t unit = -1;
+  std::vector<std::int64_t> samples;  ///< ids
+};
+
+/// 'step 12 forward slot 3 unit 7 samples 4, 9'; without what is not said.
+[[nodiscard]] MESHLOOM_API std::string to_string(const Label& label);
+
 enum class OperationState : std::uint8_t { kPending, kDone, kFailed };
 
 /// One communication call of one rank.
@@ -23,7 +35,8 @@ struct OperationRecord {
   int size = 1;               ///< ranks of that group
   std::string operation;      ///< "all_reduce", "send_receive", ...
   std::string purpose;        ///< CallOptions::purpose
-  std::string context;        ///< what the rank was doing, see FlightRecorder::set_context
+  std::string context;        ///< what the rank was doing: label and set_context, as a sentence
+  Label label;                ///< see FlightRecorder::set_label
   std::int64_t sequence = 0;  ///< per group: collectives and send_receive are counted apart
   std::int64_t sent_bytes = 0;
   std::int64_t received_bytes = 0;
@@ -33,14 +46,21 @@ struct OperationRecord {
   std::chrono::nanoseconds duration{0};  ///< until now for pending ones
 };
 
+/// A line without its end.
+[[nodiscard]] MESHLOOM_API std::string to_text(const OperationRecord& record);
+
 /// The last calls of one rank, over the world and all groups split from it. A ring: old calls that
 /// have ended fall out, at most `capacity` are kept. Thread safe.
 class MESHLOOM_API FlightRecorder {
  public:
   explicit FlightRecorder(std::size_t capacity);
 
-  /// A sentence kept with every call from now on, e.g. "step 12 slot 3 unit 7".
+  /// Kept with every call from now on, and part of the errors of those calls.
+  void set_label(Label label);
+  /// A sentence beside the label, for what no plan knows, e.g. "saving the checkpoint".
   void set_context(const std::string& context);
+  /// Label and context as one sentence; empty when nothing is set.
+  [[nodiscard]] std::shared_ptr<const std::string> doing() const;
 
   /// Adds a call that starts now. @returns its id.
   std::int64_t begin(OperationRecord record);
@@ -55,18 +75,24 @@ class MESHLOOM_API FlightRecorder {
   [[nodiscard]] std::string to_json() const;
 
  private:
+  struct Context {
+    Label label;
+    std::string text;
+    std::shared_ptr<const std::string> sentence = std::make_shared<const std::string>();
+  };
   struct Entry {
     OperationRecord record;
-    std::shared_ptr<const std::string> context;
+    std::shared_ptr<const Context> context;
     std::chrono::steady_clock::time_point start;
   };
   static OperationRecord snapshot(const Entry& entry);
+  void change(Context context);
 
   mutable std::mutex mutex_;
   std::size_t capacity_;
   std::int64_t next_ = 0;
   std::deque<Entry> entries_;  // ids are consecutive
-  std::shared_ptr<const std::string> context_;
+  std::shared_ptr<const Context> context_;
 };
 
 }  // namespace meshloom::comm

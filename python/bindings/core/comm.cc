@@ -6,16 +6,20 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
 #include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 #include <vector>
 
 #include "bindings/core/bindings.h"
 #include "meshloom/comm/backends.h"
 #include "meshloom/comm/communicator.h"
+#include "meshloom/comm/torch_backend.h"
+#include "meshloom/comm/watchdog.h"
 
 namespace meshloom::bindings {
 namespace {
@@ -27,6 +31,16 @@ using comm::GroupOptions;
 using comm::Work;
 using Limit = std::optional<std::chrono::milliseconds>;
 using Pieces = std::vector<std::pair<int, at::Tensor>>;
+// A world that ends waits for its threads, and those may need the lock to let a tensor go.
+template <class T>
+struct DeleteUnlocked {
+  void operator()(T* object) const {
+    const py::gil_scoped_release unlocked;
+    delete object;
+  }
+};
+template <class T>
+using Holder = std::unique_ptr<T, DeleteUnlocked<T>>;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 // CallOptions keeps a pointer: names live as long as the process, and there are few of them.
@@ -50,8 +64,26 @@ std::vector<comm::Transfer> transfers(const Pieces& pieces) {
   return result;
 }
 
+void bind_options(py::module_& module) {
+  py::class_<GroupOptions>(module, "GroupOptions", "What all groups of a world share.")
+      .def(py::init([](const std::string& name, const Limit& timeout, bool deterministic) {
+             GroupOptions options;
+             options.name = name;
+             options.timeout = timeout;
+             options.deterministic = deterministic;
+             return options;
+           }),
+           py::arg("name") = "world", py::arg("timeout") = py::none(),
+           py::arg("deterministic") = false,
+           "The timeout (seconds or a timedelta) limits calls that give none; without it "
+           "MESHLOOM_TIMEOUT_SECONDS does.")
+      .def_readwrite("name", &GroupOptions::name)
+      .def_readwrite("timeout", &GroupOptions::timeout)
+      .def_readwrite("deterministic", &GroupOptions::deterministic);
+}
+
 void bind_work(py::module_& module) {
-  py::class_<Work>(module, "Work", "One started operation; copies share it.")
+  py::class_<Work, Holder<Work>>(module, "Work", "One started operation; copies share it.")
       .def("done", &Work::done, "True once the operation ended, well or badly. Never blocks.")
       .def("wait", &Work::wait, py::arg("limit") = py::none(), Unlocked(),
            "Blocks until the operation ends; the limit is in seconds or a timedelta.")
@@ -74,9 +106,10 @@ void bind_communicator(py::module_& module) {
       .value("MIN", comm::ReduceOp::kMin);
   const Limit none;
   const std::string other = "other";
-  py::class_<Communicator>(module, "Communicator",
-                           "A group of ranks and its traffic. Collective calls start the operation "
-                           "and return a Work; all ranks make them in the same order.")
+  py::class_<Communicator, Holder<Communicator>>(
+      module, "Communicator",
+      "A group of ranks and its traffic. Collective calls start the operation "
+      "and return a Work; all ranks make them in the same order.")
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def_property_readonly("name", &Communicator::name)
@@ -141,29 +174,74 @@ void bind_communicator(py::module_& module) {
           "Grouped sends and receives, each a pair (peer, tensor); receives write in place.")
       .def("split", &Communicator::split, py::arg("color"), py::arg("key"), py::arg("name"),
            Unlocked(), "Groups by colour, ranks ordered by (key, rank); blocks.")
+      .def_static(
+          "from_process_group",
+          // By reference: torch's own holder of a group differs between versions.
+          [](c10d::ProcessGroup& group, const GroupOptions& options) {
+            return comm::make_torch_world(
+                c10::intrusive_ptr<c10d::ProcessGroup>::unsafe_reclaim_from_nonowning(&group),
+                options);
+          },
+          py::arg("group"), py::arg("options") = GroupOptions(), Unlocked(),
+          "A world over a torch.distributed group that carries CPU tensors, e.g. "
+          "torch.distributed.group.WORLD. Collective.")
+      .def_static(
+          "from_env",
+          [](const GroupOptions& options, const std::string& device) {
+            return py::module_::import("meshloom._world").attr("world_from_env")(options, device);
+          },
+          py::arg("options") = GroupOptions(), py::arg("device") = "cpu",
+          "The world that the launcher made: mpirun, torchrun, a Slurm step, or a world of one. "
+          "With device 'cuda' it carries CUDA tensors by NCCL. MESHLOOM_BACKEND overrides.")
+      .def("pending_report", &Communicator::pending_report, Unlocked(),
+           "What this rank waits for now: a line a call, with the peers that are missing.")
+      .def("report", &Communicator::report, Unlocked(),
+           "What this rank waits for and did before, over its world and all its groups.")
+      .def(
+          "set_label",
+          [](const Communicator& self, std::int64_t step, const std::string& instruction,
+             std::int64_t slot, std::int64_t unit, const std::vector<std::int64_t>& samples) {
+            self.recorder().set_label({step, instruction, slot, unit, samples});
+          },
+          py::arg("step") = -1, py::arg("instruction") = "", py::arg("slot") = -1,
+          py::arg("unit") = -1, py::arg("samples") = std::vector<std::int64_t>(),
+          "What this rank does from now on: kept with its calls and part of their errors.")
+      .def(
+          "flight_record", [](const Communicator& self) { return self.recorder().to_json(); },
+          "The last calls of this rank over all groups of its world, as JSON.")
       .def("traffic", &Communicator::traffic, "Bytes handed to the transport, by purpose.")
       .def("reset_traffic", &Communicator::reset_traffic)
       .def("abort", &Communicator::abort, py::arg("reason"), Unlocked(),
            "Ends every pending and future call on this rank with CommError.");
 }
 
+void bind_watchdog(py::module_& module) {
+  using comm::Watchdog;
+  using Patience = std::chrono::milliseconds;
+  py::class_<Watchdog, Holder<Watchdog>>(module, "Watchdog",
+                                         "Turns a hang of this rank into a report, once a hang.")
+      .def(
+          py::init([](const Communicator& world, Patience patience,
+                      const std::function<void(const std::string&)>& on_hang,
+                      const std::string& folder) {
+            return Holder<Watchdog>(
+                new Watchdog(world, comm::WatchdogOptions{patience, on_hang, folder}));
+          }),
+          py::arg("world"), py::arg("patience"), py::arg("on_hang"), py::arg("folder") = "",
+          "on_hang(report) runs on a thread of the watchdog when a call is pending for longer than "
+          "`patience` (seconds or a timedelta); the report and the flight record are written to "
+          "`folder` too where one is given.")
+      .def("reports", &Watchdog::reports, "Hangs reported so far.");
+}
+
 }  // namespace
 
 void bind_comm(py::module_& module) {
+  bind_options(module);
   bind_work(module);
   bind_traffic(module);
   bind_communicator(module);
-  py::class_<GroupOptions>(module, "GroupOptions")
-      .def(py::init([](const std::string& name, bool deterministic) {
-             GroupOptions options;
-             options.name = name;
-             options.deterministic = deterministic;
-             return options;
-           }),
-           py::arg("name") = "world", py::arg("deterministic") = false)
-      .def_readwrite("name", &GroupOptions::name)
-      .def_readwrite("timeout", &GroupOptions::timeout)
-      .def_readwrite("deterministic", &GroupOptions::deterministic);
+  bind_watchdog(module);
   module.def("make_thread_world", &comm::make_thread_world, py::arg("size"),
              py::arg("options") = GroupOptions(), "Communicators of one process, one a thread.");
   module.def("run_thread_ranks", &comm::run_thread_ranks, py::arg("size"), py::arg("body"),

@@ -19,6 +19,19 @@
 
 namespace meshloom::comm::detail {
 
+class GroupImpl;
+
+/// The groups of one rank, over a world and all that was split from it.
+class GroupList {
+ public:
+  void add(const std::shared_ptr<GroupImpl>& group);
+  [[nodiscard]] std::vector<std::shared_ptr<GroupImpl>> groups() const;  // in order of making
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<std::weak_ptr<GroupImpl>> groups_;
+};
+
 /// What every group of every backend carries.
 struct GroupInfo {
   std::string name;
@@ -26,7 +39,9 @@ struct GroupInfo {
   int size = 1;
   std::chrono::milliseconds timeout{0};
   bool deterministic = false;
-  std::shared_ptr<FlightRecorder> recorder;  // of this rank, shared with groups split from this one
+  // Of this rank, shared with groups split from this one.
+  std::shared_ptr<FlightRecorder> recorder;
+  std::shared_ptr<GroupList> groups;
 };
 
 /// Checks the sizes and fills the limit from options, then environment.

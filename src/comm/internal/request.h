@@ -48,6 +48,13 @@ struct Request {
 /// Bytes of one row of `tensor` ([rows, ...]), also when it has no rows.
 [[nodiscard]] std::int64_t row_bytes(const at::Tensor& tensor);
 
+/// The same data under a tensor of our own. Threads of this library drop tensors; one that Python
+/// has seen could not go without the interpreter's lock.
+[[nodiscard]] at::Tensor alias_of(const at::Tensor& tensor);
+
+/// Replaces all tensors by aliases; an output that is the input stays so.
+void use_aliases(Request& request);
+
 [[nodiscard]] std::int64_t sum(const std::vector<std::int64_t>& values);
 
 }  // namespace meshloom::comm::detail

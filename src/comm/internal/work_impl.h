@@ -32,7 +32,8 @@ class MESHLOOM_API WorkImpl {
   void wait(std::optional<std::chrono::milliseconds> limit);
   [[nodiscard]] at::Tensor output() const;
 
-  /// Ends the call well. Its input is let go; nobody may touch the request's tensors any more.
+  /// Ends the call well. All tensors but a result are let go, before anybody hears of the end;
+  /// nobody may touch the request's tensors any more.
   void complete();
   /// Ends it with CommError '[comm.<operation>] rank .. group ..: <text>'. Tensors stay held.
   void fail(const std::string& text);
@@ -40,13 +41,14 @@ class MESHLOOM_API WorkImpl {
   /// Hands a piece of the work to whoever waits (once); it runs on the waiting thread.
   void offer(std::function<void()> helper);
 
-  /// '[comm.x]' and 'rank 1/4 group "world" (purpose exchange, call 12)'.
+  /// '[comm.x]' and 'rank 1/4 group "world" (purpose exchange, call 12, in <what it was doing>)'.
   [[nodiscard]] std::string where() const;
   [[nodiscard]] std::string who() const;
   [[nodiscard]] double age_seconds() const;
 
  private:
   bool end(std::exception_ptr error);
+  [[nodiscard]] bool has_output() const;
   void wait_until(std::chrono::steady_clock::time_point until, std::chrono::milliseconds limit);
   void expire(std::chrono::milliseconds limit);
 
@@ -56,6 +58,7 @@ class MESHLOOM_API WorkImpl {
   int rank_;
   int size_;
   std::string group_name_;
+  std::shared_ptr<const std::string> doing_;
   Request request_;
   std::string purpose_;
   std::chrono::steady_clock::time_point start_;
@@ -64,6 +67,7 @@ class MESHLOOM_API WorkImpl {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::atomic<bool> done_{false};
+  bool ending_ = false;
   std::exception_ptr error_;
   std::function<void()> helper_;
 };

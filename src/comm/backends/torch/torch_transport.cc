@@ -11,15 +11,40 @@
 namespace meshloom::comm::detail {
 namespace {
 
-// Tags: group id, a bit for send_receive, then what tells messages of one pair apart.
-constexpr int kLaneBits = 20;
-constexpr int kIndexBits = 12;
-// A call that nobody waits for must not hold its thread for ever: the process group gets this much
-// longer than the call's own limit.
-constexpr std::chrono::seconds kAfterDeadline{5};
+// Tags, from the top: world, group, a bit for send_receive, a bit for payloads after their frame,
+// then what tells messages of one pair apart (collectives: the call and the message in it). The
+// lowest group id is the world's control channel; no tag is below 2^18.
+constexpr int kLaneBits = 17;
+constexpr int kIndexBits = 10;
+constexpr int kBodyBit = 1 << kLaneBits;
+constexpr int kMessagesBit = kBodyBit << 1;
+constexpr int kGroupShift = kLaneBits + 2;
+constexpr int kWorldShift = kGroupShift + 9;
+static_assert(TorchTransport::kGroups == 1 << (kWorldShift - kGroupShift));
+static_assert(TorchTransport::kWorlds == 1 << (31 - kWorldShift));
+
+struct FrameHeader {
+  std::uint64_t call = 0;  // hash of what both sides must agree on
+  std::int64_t bytes = 0;
+  std::int32_t operation = 0;
+  std::int32_t dtype = -1;
+};
+constexpr std::int64_t kInlineBytes = TorchTransport::kFrameBytes - sizeof(FrameHeader);
+
+struct NoticeHeader {
+  std::int32_t group = 0;
+  std::int32_t length = 0;
+};
 
 std::byte* bytes_of(const at::Tensor& tensor) {
   return static_cast<std::byte*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+// FNV-1a: equal on all ranks, which std::hash need not be.
+std::uint64_t hash_of(const std::string& text) {
+  std::uint64_t hash = 14695981039346656037ULL;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211ULL;
+  return hash;
 }
 
 }  // namespace
@@ -27,51 +52,160 @@ std::byte* bytes_of(const at::Tensor& tensor) {
 TorchMessage::~TorchMessage() = default;
 TorchPort::~TorchPort() = default;
 
+TorchTransport::TorchTransport(std::unique_ptr<TorchPort> port, int world, int rank)
+    : port_(std::move(port)), world_(world), rank_(rank) {}
+
 TorchTransport::~TorchTransport() {
+  // The process group may outlive this world and write to what was never received: such buffers
+  // stay until the process ends.
+  static std::mutex mutex;
+  static auto* const immortal = new std::vector<std::shared_ptr<Call>>;
+  const std::lock_guard lock(mutex);
+  immortal->insert(immortal->end(), graves_.begin(), graves_.end());
+}
+
+int TorchTransport::control_tag() const {
+  return (world_ << kWorldShift) | kMessagesBit | kBodyBit;
+}
+
+void TorchTransport::open() {
+  inbox_message_ = port_->receive_from_any(inbox_.data(), kFrameBytes, control_tag());
+  if (!inbox_message_) return;
+  threads_.emplace_back([self = shared_from_this()] { self->listen(); });
+}
+
+void TorchTransport::close() {
   std::vector<std::shared_ptr<Call>> calls;
+  std::vector<std::thread> threads;
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
     for (const auto& weak : calls_) {
       if (auto call = weak.lock()) calls.push_back(std::move(call));
     }
+    if (inbox_message_) inbox_message_->abort();
+    threads.swap(threads_);
     changed_.notify_all();
   }
   for (const auto& call : calls) {
     const std::lock_guard lock(call->mutex);
     call->aborted = true;
-    for (const auto& open : call->messages) open.message->abort();
+    for (const auto& open : call->opens) {
+      open.head->abort();
+      if (open.body) open.body->abort();
+    }
   }
-  for (auto& thread : threads_) thread.join();
+  for (auto& thread : threads) {
+    if (thread.get_id() == std::this_thread::get_id()) {
+      thread.detach();  // the last handle went away on a thread of ours; it holds the transport
+    } else {
+      thread.join();
+    }
+  }
+}
+
+void TorchTransport::add_group(const std::shared_ptr<Group>& group) {
+  std::string reason;
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(groups_, [](const auto& entry) { return entry.second.expired(); });
+    groups_[group->id] = group;
+    if (const auto early = early_aborts_.find(group->id); early != early_aborts_.end()) {
+      reason = early->second;
+      early_aborts_.erase(early);
+    }
+  }
+  if (!reason.empty()) abort(group, reason, false);
 }
 
 int TorchTransport::tag_of(Call& call, int peer, bool send) {
   Group& group = *call.group;
+  const int base = (world_ << kWorldShift) | (group.id << kGroupShift);
   if (call.work->request().operation == Operation::kSendReceive) {
     const std::int64_t count = (send ? group.sent : group.received)[peer]++;
-    return (group.id << (kLaneBits + 1)) | (1 << kLaneBits) |
-           static_cast<int>(count & ((1 << kLaneBits) - 1));
+    return base | kMessagesBit | static_cast<int>(count & (kBodyBit - 1));
   }
   const int index = (send ? call.lanes_out : call.lanes_in)[peer]++;
   const auto sequence =
       static_cast<int>(call.work->request().sequence & ((1 << (kLaneBits - kIndexBits)) - 1));
-  return (group.id << (kLaneBits + 1)) | (sequence << kIndexBits) |
-         (index & ((1 << kIndexBits) - 1));
+  return base | (sequence << kIndexBits) | (index & ((1 << kIndexBits) - 1));
+}
+
+void TorchTransport::write_frame(const Call& call, const Block& block, Frame& frame) const {
+  const Request& request = call.work->request();
+  FrameHeader header;
+  header.call = hash_of(signature(request));
+  header.bytes = block.bytes;
+  header.operation = static_cast<std::int32_t>(request.operation);
+  if (request.input.defined()) {
+    header.dtype = static_cast<std::int32_t>(request.input.scalar_type());
+  }
+  std::memcpy(frame.data(), &header, sizeof(header));
+  if (block.bytes > 0 && block.bytes <= kInlineBytes) {
+    std::memcpy(frame.data() + sizeof(header), block.data, static_cast<std::size_t>(block.bytes));
+  }
+}
+
+// Compares a frame that came in with what this rank expects, and takes or asks for the payload.
+void TorchTransport::take_frame(Call& call, std::size_t index) {
+  Call::Open& open = call.opens[index];
+  FrameHeader header;
+  std::memcpy(&header, open.frame->data(), sizeof(header));
+  const Request& request = call.work->request();
+  const std::string mine = signature(request);
+  if (header.operation != static_cast<std::int32_t>(request.operation)) {
+    throw InvalidArgument(
+        "comm.torch",
+        fmt::format("the ranks disagree about the call {}: rank {} made {}", mine, open.block.peer,
+                    name_of(static_cast<Operation>(header.operation))));
+  }
+  if (header.call != hash_of(mine) || header.bytes != open.block.bytes) {
+    throw InvalidArgument(
+        "comm.torch",
+        fmt::format(
+            "the ranks disagree about the call {}: rank {} sent {} bytes{}, expected {}", mine,
+            open.block.peer, header.bytes,
+            header.dtype < 0
+                ? ""
+                : fmt::format(" of {}", c10::toString(static_cast<c10::ScalarType>(header.dtype))),
+            open.block.bytes));
+  }
+  if (header.bytes <= kInlineBytes) {
+    if (header.bytes > 0) {
+      std::memcpy(open.block.data, open.frame->data() + sizeof(header),
+                  static_cast<std::size_t>(header.bytes));
+    }
+    return;
+  }
+  const std::lock_guard lock(call.mutex);
+  if (call.aborted) throw CommError("comm.torch", "aborted");
+  open.body = port_->receive(call.group->members[open.block.peer], open.block.data,
+                             open.block.bytes, open.tag | kBodyBit);
 }
 
 void TorchTransport::post(Call& call, const Phase& phase) {
   const std::lock_guard lock(call.mutex);
-  call.messages.clear();
+  call.opens.clear();
   if (call.aborted) throw CommError("comm.torch", "aborted");
   const auto& members = call.group->members;
   for (const bool send : {false, true}) {
     for (const Block& block : send ? phase.sends : phase.receives) {
       if (block.peer == call.group->rank) continue;
-      const int tag = tag_of(call, block.peer, send);
+      Call::Open& open = call.opens.emplace_back();
+      open.block = block;
+      open.send = send;
+      open.tag = tag_of(call, block.peer, send);
+      open.frame = std::make_unique<Frame>();
       const int peer = members[block.peer];
-      call.messages.push_back(
-          {block.peer, send ? port_->send(peer, block.data, block.bytes, tag)
-                            : port_->receive(peer, block.data, block.bytes, tag)});
+      if (!send) {
+        open.head = port_->receive(peer, open.frame->data(), kFrameBytes, open.tag);
+        continue;
+      }
+      write_frame(call, block, *open.frame);
+      open.head = port_->send(peer, open.frame->data(), kFrameBytes, open.tag);
+      if (block.bytes > kInlineBytes) {
+        open.body = port_->send(peer, block.data, block.bytes, open.tag | kBodyBit);
+      }
     }
   }
 }
@@ -110,8 +244,9 @@ void TorchTransport::post_to_self(const std::shared_ptr<Call>& call) {
   }
   for (const auto& [send, receive] : matches) {
     if (send.tensor.nbytes() != receive.tensor.nbytes()) {
-      throw CommError("comm.torch", fmt::format("this rank sends itself {} bytes, and receives {}",
-                                                send.tensor.nbytes(), receive.tensor.nbytes()));
+      throw InvalidArgument("comm.torch",
+                            fmt::format("this rank sends itself {} bytes, and receives {}",
+                                        send.tensor.nbytes(), receive.tensor.nbytes()));
     }
     if (send.tensor.nbytes() > 0) {
       std::memcpy(bytes_of(receive.tensor), bytes_of(send.tensor), send.tensor.nbytes());
@@ -132,24 +267,35 @@ void TorchTransport::start(const std::shared_ptr<Group>& group,
   call->work = work;
   call->schedule = make_schedule(work->request(), group->rank,
                                  static_cast<int>(group->members.size()), ScheduleLimits{});
+  {
+    const std::lock_guard lock(mutex_);
+    if (stop_) return work->fail("aborted: the world is closed");
+    std::erase_if(calls_, [](const auto& other) { return other.expired(); });
+    calls_.push_back(call);
+  }
   try {
     if (work->request().operation == Operation::kSendReceive) post_to_self(call);
     if (!call->schedule.phases.empty()) post(*call, call->schedule.phases.front());
   } catch (const std::exception& error) {
+    {
+      const std::lock_guard lock(mutex_);
+      graves_.push_back(call);
+    }
     work->fail(error.what());
-    return abort(group, error.what());
+    return abort(group, fmt::format("rank {}: {}", group->rank, error.what()), true);
   }
-  if (call->messages.empty() && call->schedule.phases.size() <= 1) {
+  if (call->opens.empty() && call->schedule.phases.size() <= 1) {
     if (!call->schedule.phases.empty() && call->schedule.phases[0].finish) {
       call->schedule.phases[0].finish();
     }
     return finish_part(*call);
   }
   const std::lock_guard lock(mutex_);
-  std::erase_if(calls_, [](const auto& other) { return other.expired(); });
-  calls_.push_back(call);
   queue_.push_back(std::move(call));
-  if (static_cast<int>(queue_.size()) > idle_) threads_.emplace_back([this] { work_off(); });
+  if (stop_) return;
+  if (static_cast<int>(queue_.size()) > idle_) {
+    threads_.emplace_back([self = shared_from_this()] { self->work_off(); });
+  }
   changed_.notify_one();
 }
 
@@ -174,34 +320,54 @@ void TorchTransport::wait_for(const std::shared_ptr<Call>& call) {
   try {
     for (std::size_t p = 0; p < phases.size(); ++p) {
       if (p > 0) post(*call, phases[p]);
-      for (const auto& open : call->messages) {
-        call->waits_for = open.peer;
-        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
-            call->work->deadline() + kAfterDeadline - std::chrono::steady_clock::now());
-        open.message->wait(std::max(left, std::chrono::milliseconds(1)));
+      for (std::size_t i = 0; i < call->opens.size(); ++i) {
+        if (call->opens[i].send) continue;
+        call->waits_for = call->opens[i].block.peer;
+        call->opens[i].head->wait();
+        take_frame(*call, i);
+      }
+      for (const Call::Open& open : call->opens) {
+        call->waits_for = open.block.peer;
+        if (open.send) open.head->wait();
+        if (open.body) open.body->wait();
       }
       if (phases[p].finish) phases[p].finish();
     }
     call->waits_for = -1;
     finish_part(*call);
   } catch (const std::exception& error) {
-    const std::string text = fmt::format(
-        "rank {} of the process group: {}",
-        call->group->members[call->waits_for >= 0 ? call->waits_for.load() : call->group->rank],
-        error.what());
+    {
+      const std::lock_guard lock(mutex_);
+      graves_.push_back(call);
+    }
+    bool aborted = false;
+    {
+      const std::lock_guard lock(call->mutex);
+      aborted = call->aborted;
+    }
+    if (aborted) {  // whoever aborted has said why
+      call->work->fail("aborted");
+      return;
+    }
+    const int peer = call->waits_for;
+    const std::string text =
+        peer < 0 ? error.what() : fmt::format("waiting for rank {}: {}", peer, error.what());
+    const std::string where = call->work->where();
     call->work->fail(text);
-    abort(call->group, text);
+    abort(call->group, fmt::format("rank {} failed in {}: {}", call->group->rank, where, text),
+          true);
   }
 }
 
-void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::string& reason) {
+void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::string& reason,
+                           bool tell) {
   std::vector<std::shared_ptr<Group>> children;
   std::deque<Group::Half> halves;
   {
     const std::lock_guard lock(group->mutex);
     if (group->aborted) return;
     group->aborted = true;
-    group->reason = reason;
+    group->reason = reason.empty() ? "no reason given" : reason;
     halves.swap(group->self_sends);
     for (auto& half : group->self_receives) halves.push_back(std::move(half));
     group->self_receives.clear();
@@ -209,20 +375,72 @@ void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::strin
       if (auto child = weak.lock()) children.push_back(std::move(child));
     }
   }
-  if (const auto owner = group->owner.lock()) owner->fail_tracked(reason);
+  if (const auto owner = group->owner.lock()) owner->fail_tracked(group->reason);
   std::vector<std::shared_ptr<Call>> calls;
   {
     const std::lock_guard lock(mutex_);
     for (const auto& weak : calls_) {
       if (auto call = weak.lock(); call && call->group == group) calls.push_back(std::move(call));
     }
+    if (tell && !stop_) {
+      for (const int member : group->members) {
+        if (member == rank_) continue;
+        Notice& notice = notices_.emplace_back();
+        NoticeHeader header;
+        header.group = group->id;
+        header.length = static_cast<std::int32_t>(
+            std::min<std::size_t>(group->reason.size(), kFrameBytes - sizeof(header)));
+        std::memcpy(notice.frame.data(), &header, sizeof(header));
+        std::memcpy(notice.frame.data() + sizeof(header), group->reason.data(),
+                    static_cast<std::size_t>(header.length));
+        try {
+          notice.message = port_->send(member, notice.frame.data(), kFrameBytes, control_tag());
+        } catch (const std::exception&) {
+          notices_.pop_back();  // best effort: that rank finds out by its own time limit
+        }
+      }
+    }
   }
   for (const auto& call : calls) {
     const std::lock_guard lock(call->mutex);
     call->aborted = true;
-    for (const auto& open : call->messages) open.message->abort();
+    for (const auto& open : call->opens) {
+      open.head->abort();
+      if (open.body) open.body->abort();
+    }
   }
-  for (const auto& child : children) abort(child, reason);
+  for (const auto& child : children) abort(child, reason, tell);
+}
+
+void TorchTransport::listen() {
+  while (true) {
+    try {
+      inbox_message_->wait();
+    } catch (const std::exception&) {
+      return;  // closed, or the process group is broken: calls fail by themselves
+    }
+    NoticeHeader header;
+    std::memcpy(&header, inbox_.data(), sizeof(header));
+    const std::string reason(reinterpret_cast<const char*>(inbox_.data()) + sizeof(header),
+                             static_cast<std::size_t>(header.length));
+    std::shared_ptr<Group> group;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = groups_.find(header.group);
+      if (found != groups_.end()) {
+        group = found->second.lock();
+      } else {
+        early_aborts_.emplace(header.group, reason);
+      }
+      if (stop_) return;
+      try {
+        inbox_message_ = port_->receive_from_any(inbox_.data(), kFrameBytes, control_tag());
+      } catch (const std::exception&) {
+        return;
+      }
+    }
+    if (group) abort(group, reason, false);
+  }
 }
 
 std::vector<int> TorchTransport::missing(const WorkImpl& work) {
