@@ -1,4 +1,5 @@
-"""Which launcher started this process, and the world that its ranks make up."""
+"""Which launcher started this process, and the world that its ranks make up. Needs no torch until
+a world is made."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from meshloom._build_info import FEATURES
 from meshloom._errors import InvalidArgument, NotSupported
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "") + (match[3] or "")
 
 
-def find_place(environ: Mapping[str, str], *, has_mpi: bool = True) -> Place:
+def find_place(environ: Mapping[str, str], *, has_mpi: bool = FEATURES["mpi"]) -> Place:
     """Reads a launcher's variables. torchrun's win under srun, mpirun's win over variables that
     merely look like torchrun's."""
     torchrun = all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
@@ -106,35 +108,37 @@ def _process_group(place: Place, timeout: datetime.timedelta | None) -> Any:
     return group
 
 
-def world_from_env(options: GroupOptions, device: str) -> Communicator:
-    """What `Communicator.from_env` returns."""
-    from meshloom import _build_info, _core
+def world_from_env(
+    options: GroupOptions | None = None, device: str = "cpu", backend: str | None = None
+) -> Communicator:
+    """What `Communicator.from_env` returns; a `backend` wins over MESHLOOM_BACKEND."""
+    from meshloom._runtime import core
 
+    options = core.GroupOptions() if options is None else options
     if device not in ("cpu", "cuda"):
         raise InvalidArgument(f"[comm.from_env] device is {device!r}, expected cpu or cuda")
-    backend = os.environ.get("MESHLOOM_BACKEND", "")
+    backend = backend or os.environ.get("MESHLOOM_BACKEND", "")
     if backend and backend not in _BACKENDS:
         raise InvalidArgument(
-            f"[comm.from_env] MESHLOOM_BACKEND is {backend!r}, expected one of "
-            + ", ".join(_BACKENDS)
+            f"[comm.from_env] the backend is {backend!r}, expected one of " + ", ".join(_BACKENDS)
         )
-    place = find_place(os.environ, has_mpi=_build_info.FEATURES["mpi"])
+    place = find_place(os.environ)
     if backend == "torch" and place.launcher not in ("torchrun", "slurm"):
         raise InvalidArgument(
-            "[comm.from_env] MESHLOOM_BACKEND is 'torch', expected torchrun's variables (RANK, "
+            "[comm.from_env] the backend is 'torch', expected torchrun's variables (RANK, "
             "WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or a Slurm step; there are none"
         )
     if backend == "mpi" or (backend in ("", "nccl") and place.launcher == "mpirun"):
-        host = _core.make_mpi_world(options)
+        host = core.make_mpi_world(options)
     elif backend == "thread" or place.launcher in ("single", "mpirun"):
-        host = _core.make_thread_world(1, options)[0]
+        host = core.make_thread_world(1, options)[0]
     else:
         group = _process_group(place, options.timeout)
-        host = _core.Communicator.from_process_group(group, options)
+        host = core.Communicator.from_process_group(group, options)
     if backend != "nccl" and (device == "cpu" or backend):
         return host
     import torch
 
     if not torch.cuda.is_available():
         raise NotSupported("[comm.from_env] device is 'cuda', but torch sees no CUDA device")
-    return _core.make_nccl_world(host, place.local_rank % torch.cuda.device_count(), options)
+    return core.make_nccl_world(host, place.local_rank % torch.cuda.device_count(), options)

@@ -15,10 +15,7 @@ from types import FrameType
 from typing import IO
 
 from meshloom._errors import InvalidArgument, NotSupported
-
-# Variables by which a started process knows its place; any one suffices.
-_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK")
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+from meshloom._world import find_place
 
 # mpirun's stderr stays open while a rank that outlives it holds it.
 _DRAIN_SECONDS = 5.0
@@ -28,13 +25,9 @@ WIDTH_VARIABLE = "MESHLOOM_TERMINAL_WIDTH"
 
 
 def launcher(environment: Mapping[str, str] | None = None) -> str | None:
-    """`mpi`, `torchrun`, or None for a process that was started alone."""
-    variables = os.environ if environment is None else environment
-    if any(name in variables for name in _MPI_VARIABLES):
-        return "mpi"
-    if all(name in variables for name in _TORCHRUN_VARIABLES):
-        return "torchrun"
-    return None
+    """`mpirun`, `torchrun`, `slurm`, or None for a process that was started alone."""
+    place = find_place(os.environ if environment is None else environment)
+    return None if place.launcher == "single" else place.launcher
 
 
 def rank_of_launcher(environment: Mapping[str, str] | None = None) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from meshloom import _runtime, launch, planning
-from meshloom._errors import InvalidArgument, NotSupported
+from meshloom import _runtime, planning
+from meshloom._world import world_from_env
 
 if TYPE_CHECKING:
     from meshloom import _core
@@ -23,10 +23,13 @@ GroupOptions = _core.GroupOptions
 ModelConfig = _core.ModelConfig
 ModelSection = _core.ModelSection
 ParameterRule = _core.ParameterRule
+ReduceOp = _core.ReduceOp
 ScheduleOptions = _core.ScheduleOptions
 StepMetrics = _core.StepMetrics
 TrainConfig = _core.TrainConfig
 Trainer = _core.Trainer
+Watchdog = _core.Watchdog
+Work = _core.Work
 gradients = _core.gradients
 run_thread_ranks = _core.run_thread_ranks
 
@@ -36,19 +39,10 @@ def make_world(
 ) -> Communicator:
     """This process's place among the ranks that its launcher started.
 
-    `backend` None: mpi under mpirun or srun, torch (Gloo) under torchrun, else a world of one.
+    `backend` None: mpi under mpirun, torch (Gloo) under torchrun, either in a Slurm step, else a
+    world of one.
     """
-    options = GroupOptions() if options is None else options
-    started_by = launch.launcher()
-    if backend is None:
-        backend = {"mpi": "mpi", "torchrun": "torch", None: "thread"}[started_by]
-    if backend == "thread":
-        return _core.make_thread_world(1, options)[0]
-    if backend == "mpi":
-        return _core.make_mpi_world(options)
-    if backend in ("torch", "nccl"):
-        raise NotSupported(f"[make_world] backend {backend} is not built")
-    raise InvalidArgument(f"[make_world] backend is {backend!r}, expected thread, mpi, torch or nccl")
+    return world_from_env(options, backend=backend)
 
 
 def make_trainer(

@@ -166,6 +166,7 @@ const std::string& Communicator::name() const { return impl_->info().name; }
 std::string Communicator::backend() const { return impl_->backend(); }
 bool Communicator::deterministic() const { return impl_->info().deterministic; }
 FlightRecorder& Communicator::recorder() const { return *impl_->info().recorder; }
+std::string Communicator::aborted() const { return impl_->abort_reason(); }
 void Communicator::abort(const std::string& reason) noexcept { impl_->abort(reason); }
 
 Work Communicator::start(const Request& request, const CallOptions& options) {

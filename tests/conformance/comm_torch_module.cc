@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "conformance/comm_bodies.h"
+#include "failure/comm_deaths.h"
 #include "meshloom/comm/torch_backend.h"
 
 namespace meshloom::comm::conformance {
@@ -48,10 +49,20 @@ int run_all(const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
   return RUN_ALL_TESTS();
 }
 
+// The exit code of a rank of a job that breaks.
+int run_death(const c10::intrusive_ptr<c10d::ProcessGroup>& group, const std::string& mode,
+              double limit_seconds) {
+  const auto limit = std::chrono::milliseconds(static_cast<int>(1000 * limit_seconds));
+  auto world = make_torch_world(group, {.timeout = limit});
+  return deaths::run(world, mode);
+}
+
 }  // namespace
 }  // namespace meshloom::comm::conformance
 
 PYBIND11_MODULE(comm_conformance_torch, module) {
   module.def("run_all", &meshloom::comm::conformance::run_all,
+             pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def("run_death", &meshloom::comm::conformance::run_death,
              pybind11::call_guard<pybind11::gil_scoped_release>());
 }

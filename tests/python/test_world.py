@@ -51,7 +51,7 @@ def test_slurm_steps_meet_at_the_first_host() -> None:
     assert (place.launcher, place.rank, place.size, place.local_rank) == ("slurm", 5, 8, 1)
     assert place.init_method == "tcp://gpu003:30011"
     assert find_place({**SLURM, "MASTER_ADDR": "h", "MASTER_PORT": "9"}).init_method == "tcp://h:9"
-    assert find_place({**SLURM, "PMIX_RANK": "5"}).launcher == "mpirun"
+    assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=True).launcher == "mpirun"
     assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=False).launcher == "slurm"
 
 

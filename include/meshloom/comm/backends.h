@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -49,10 +50,33 @@ MESHLOOM_API void run_thread_ranks(int size, const std::function<void(Communicat
                                                         const GroupOptions& options = {},
                                                         SplitRule rule = {});
 
-/// NCCL over CUDA devices; `bootstrap` broadcasts the unique id and gathers host facts.
-/// @throws NotSupported  built without NCCL, or LibTorch without CUDA.
+/// Streaming multiprocessors that one communicator may take from the computation; 0: NCCL decides.
+struct CtaLimits {
+  int least = 0;
+  int most = 0;
+};
+
+struct NcclOptions {
+  /// Every communicator holds device memory and threads: a split beyond this many throws.
+  int max_communicators = 24;
+  CtaLimits default_ctas;
+  /// By group name; "<world>.messages" is the communicator of send_receive.
+  std::map<std::string, CtaLimits> ctas;
+};
+
+/// NCCL over CUDA devices, one a rank. `bootstrap` is a world of the same ranks on the host (mpi,
+/// torch, thread): it hands round the unique id, and later carries aborts. Collective.
+///
+/// send_receive of all groups goes over one communicator with a stream of its own; every group has
+/// a communicator and a stream for its collectives. NCCL has no tags: the messages of a call must
+/// match one call of the peer, and two ranks make their common calls in the same order, whatever
+/// the group.
+/// @throws NotSupported  built without NCCL, or LibTorch without CUDA; NCCL is older than 2.18; a
+///                       fixed reduction order is asked for.
+/// @throws Timeout       a rank did not come within the limit of `options`.
 [[nodiscard]] MESHLOOM_API Communicator make_nccl_world(Communicator bootstrap, int device,
-                                                        const GroupOptions& options = {});
+                                                        const GroupOptions& options = {},
+                                                        const NcclOptions& nccl = {});
 
 /// What the launcher's variables say: mpirun (OMPI_COMM_WORLD_SIZE, PMI_SIZE), Slurm with PMI, or a
 /// world of one. torchrun's variables need a c10d group: see `meshloom.Communicator.from_env`.

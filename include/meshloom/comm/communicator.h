@@ -113,6 +113,9 @@ class MESHLOOM_API Communicator {
   /// are told where the backend can (thread, mpi). Groups split from this one are aborted too.
   void abort(const std::string& reason) noexcept;
 
+  /// Why this group was aborted, here or by another rank that told; empty while it is usable.
+  [[nodiscard]] std::string aborted() const;
+
   /// The last calls of this rank, shared by all groups split from one world.
   [[nodiscard]] FlightRecorder& recorder() const;
 

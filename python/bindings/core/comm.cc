@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -256,8 +257,25 @@ void bind_comm(py::module_& module) {
       },
       py::arg("rank"), py::arg("size"), py::arg("options") = GroupOptions(),
       "A rank of a world that moves nothing.");
-  module.def("make_nccl_world", &comm::make_nccl_world, py::arg("bootstrap"), py::arg("device"),
-             py::arg("options") = GroupOptions(), Unlocked(), "NCCL over CUDA devices.");
+  using Ctas = std::pair<int, int>;
+  module.def(
+      "make_nccl_world",
+      [](const Communicator& bootstrap, int device, const GroupOptions& options,
+         int max_communicators, const Ctas& ctas, const std::map<std::string, Ctas>& group_ctas) {
+        comm::NcclOptions nccl;
+        nccl.max_communicators = max_communicators;
+        nccl.default_ctas = {ctas.first, ctas.second};
+        for (const auto& [name, limits] : group_ctas) {
+          nccl.ctas[name] = {limits.first, limits.second};
+        }
+        return comm::make_nccl_world(bootstrap, device, options, nccl);
+      },
+      py::arg("bootstrap"), py::arg("device"), py::arg("options") = GroupOptions(),
+      py::arg("max_communicators") = comm::NcclOptions().max_communicators,
+      py::arg("ctas") = Ctas(0, 0), py::arg("group_ctas") = std::map<std::string, Ctas>(),
+      Unlocked(),
+      "NCCL over CUDA devices, started over a world of the same ranks on the host. ctas: least and "
+      "most multiprocessors of a communicator, 0 where NCCL decides; group_ctas: by group name.");
   module.def(
       "make_world",
       [](const GroupOptions& options) {

@@ -72,6 +72,9 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
   /// Ends every pending and future call, here and in groups split from this one; does not wait.
   virtual void abort(const std::string& reason) noexcept = 0;
 
+  /// Why it was aborted; empty while it is usable.
+  [[nodiscard]] virtual std::string abort_reason() = 0;
+
   /// Peers that `work` still waits for, where known.
   [[nodiscard]] virtual std::vector<int> missing(const WorkImpl& work) = 0;
 

@@ -45,6 +45,8 @@ class FakeGroup final : public GroupImpl {
     for (const auto& child : children) child->abort(reason);
   }
 
+  [[nodiscard]] std::string abort_reason() override { return aborted(); }
+
   [[nodiscard]] std::vector<int> missing(const WorkImpl&) override { return {}; }
 
   [[nodiscard]] std::vector<SplitVote> gather_votes(int color, int key,

@@ -30,6 +30,11 @@ class MpiGroup final : public GroupImpl {
 
   void abort(const std::string& reason) noexcept override { engine_->abort(state_, reason, true); }
 
+  [[nodiscard]] std::string abort_reason() override {
+    const std::lock_guard lock(state_->mutex);
+    return state_->aborted && state_->reason.empty() ? "no reason given" : state_->reason;
+  }
+
   [[nodiscard]] std::vector<int> missing(const WorkImpl& work) override {
     return engine_->missing(work);
   }

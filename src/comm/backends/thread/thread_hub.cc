@@ -159,6 +159,11 @@ std::shared_ptr<ThreadHub> ThreadHub::child(std::int64_t number, int color, int 
   return hub;
 }
 
+std::string ThreadHub::abort_reason() {
+  const std::lock_guard lock(mutex_);
+  return aborted_ && reason_.empty() ? "no reason given" : reason_;
+}
+
 void ThreadHub::abort(const std::string& reason) {
   std::vector<std::shared_ptr<WorkImpl>> works;
   std::vector<std::shared_ptr<ThreadHub>> children;

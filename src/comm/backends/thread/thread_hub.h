@@ -31,6 +31,9 @@ class ThreadHub : public std::enable_shared_from_this<ThreadHub> {
   /// The hub of one colour of split number `number`; the first of `size` members makes it.
   [[nodiscard]] std::shared_ptr<ThreadHub> child(std::int64_t number, int color, int size);
 
+  /// Empty while it is usable.
+  [[nodiscard]] std::string abort_reason();
+
   /// Fails everything pending and to come, here and in all children.
   void abort(const std::string& reason);
 

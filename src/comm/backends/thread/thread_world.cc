@@ -32,6 +32,8 @@ class ThreadGroup final : public GroupImpl {
 
   void abort(const std::string& reason) noexcept override { hub_->abort(reason); }
 
+  [[nodiscard]] std::string abort_reason() override { return hub_->abort_reason(); }
+
   [[nodiscard]] std::vector<int> missing(const WorkImpl& work) override {
     return hub_->missing(info().rank, work);
   }

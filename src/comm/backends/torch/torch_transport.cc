@@ -56,12 +56,15 @@ TorchTransport::TorchTransport(std::unique_ptr<TorchPort> port, int world, int r
     : port_(std::move(port)), world_(world), rank_(rank) {}
 
 TorchTransport::~TorchTransport() {
-  // The process group may outlive this world and write to what was never received: such buffers
-  // stay until the process ends.
+  // What was never sent or received is still in the queues of the process group, which may outlive
+  // this world: Gloo stops serving a peer when it meets a buffer that is gone. Such buffers stay
+  // until the process ends.
   static std::mutex mutex;
-  static auto* const immortal = new std::vector<std::shared_ptr<Call>>;
+  static auto* const immortal = new std::vector<std::shared_ptr<void>>;
   const std::lock_guard lock(mutex);
   immortal->insert(immortal->end(), graves_.begin(), graves_.end());
+  immortal->insert(immortal->end(), notices_.begin(), notices_.end());
+  if (inbox_) immortal->push_back(inbox_);
 }
 
 int TorchTransport::control_tag() const {
@@ -69,8 +72,10 @@ int TorchTransport::control_tag() const {
 }
 
 void TorchTransport::open() {
-  inbox_message_ = port_->receive_from_any(inbox_.data(), kFrameBytes, control_tag());
-  if (!inbox_message_) return;
+  auto inbox = std::make_shared<Notice>();
+  inbox->message = port_->receive_from_any(inbox->frame.data(), kFrameBytes, control_tag());
+  if (!inbox->message) return;
+  inbox_ = std::move(inbox);
   threads_.emplace_back([self = shared_from_this()] { self->listen(); });
 }
 
@@ -83,7 +88,7 @@ void TorchTransport::close() {
     for (const auto& weak : calls_) {
       if (auto call = weak.lock()) calls.push_back(std::move(call));
     }
-    if (inbox_message_) inbox_message_->abort();
+    if (inbox_) inbox_->message->abort();
     threads.swap(threads_);
     changed_.notify_all();
   }
@@ -385,7 +390,8 @@ void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::strin
     if (tell && !stop_) {
       for (const int member : group->members) {
         if (member == rank_) continue;
-        Notice& notice = notices_.emplace_back();
+        auto shared = std::make_shared<Notice>();
+        Notice& notice = *shared;
         NoticeHeader header;
         header.group = group->id;
         header.length = static_cast<std::int32_t>(
@@ -395,8 +401,8 @@ void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::strin
                     static_cast<std::size_t>(header.length));
         try {
           notice.message = port_->send(member, notice.frame.data(), kFrameBytes, control_tag());
-        } catch (const std::exception&) {
-          notices_.pop_back();  // best effort: that rank finds out by its own time limit
+          notices_.push_back(std::move(shared));
+        } catch (const std::exception&) {  // best effort: that rank finds out by its own limit
         }
       }
     }
@@ -415,13 +421,13 @@ void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::strin
 void TorchTransport::listen() {
   while (true) {
     try {
-      inbox_message_->wait();
+      inbox_->message->wait();
     } catch (const std::exception&) {
       return;  // closed, or the process group is broken: calls fail by themselves
     }
     NoticeHeader header;
-    std::memcpy(&header, inbox_.data(), sizeof(header));
-    const std::string reason(reinterpret_cast<const char*>(inbox_.data()) + sizeof(header),
+    std::memcpy(&header, inbox_->frame.data(), sizeof(header));
+    const std::string reason(reinterpret_cast<const char*>(inbox_->frame.data()) + sizeof(header),
                              static_cast<std::size_t>(header.length));
     std::shared_ptr<Group> group;
     {
@@ -434,7 +440,7 @@ void TorchTransport::listen() {
       }
       if (stop_) return;
       try {
-        inbox_message_ = port_->receive_from_any(inbox_.data(), kFrameBytes, control_tag());
+        inbox_->message = port_->receive_from_any(inbox_->frame.data(), kFrameBytes, control_tag());
       } catch (const std::exception&) {
         return;
       }

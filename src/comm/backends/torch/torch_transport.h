@@ -92,7 +92,7 @@ class TorchTransport : public std::enable_shared_from_this<TorchTransport> {
 
  private:
   using Frame = std::array<std::byte, kFrameBytes>;
-  struct Notice {  // kept until its message is on its way
+  struct Notice {
     Frame frame{};
     std::unique_ptr<TorchMessage> message;
   };
@@ -121,9 +121,8 @@ class TorchTransport : public std::enable_shared_from_this<TorchTransport> {
   std::vector<std::shared_ptr<Call>> graves_;
   std::map<int, std::weak_ptr<Group>> groups_;
   std::map<int, std::string> early_aborts_;  // groups not known here yet
-  std::list<Notice> notices_;
-  Frame inbox_{};
-  std::unique_ptr<TorchMessage> inbox_message_;
+  std::vector<std::shared_ptr<Notice>> notices_;
+  std::shared_ptr<Notice> inbox_;
   std::vector<std::thread> threads_;
   int idle_ = 0;
   bool stop_ = false;

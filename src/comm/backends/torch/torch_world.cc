@@ -109,6 +109,10 @@ class TorchGroup final : public GroupImpl {
   void abort(const std::string& reason) noexcept override {
     transport().abort(state_, reason, true);
   }
+  [[nodiscard]] std::string abort_reason() override {
+    const std::lock_guard lock(state_->mutex);
+    return state_->reason;
+  }
   [[nodiscard]] std::vector<int> missing(const WorkImpl& work) override {
     return transport().missing(work);
   }
