@@ -26,7 +26,7 @@ class Place:
     """Where a launcher has put this process."""
 
     launcher: str
-    """mpirun, torchrun, slurm or single."""
+    """mpi, torchrun, slurm or single."""
     local_rank: int = 0
     """Rank on this machine: which device is ours."""
     rank: int = 0
@@ -58,7 +58,7 @@ def first_host(nodes: str) -> str:
 def find_place(environ: Mapping[str, str], *, has_mpi: bool = FEATURES["mpi"]) -> Place:
     """Reads a launcher's variables. torchrun's win under srun, mpirun's win over variables that
     merely look like torchrun's."""
-    torchrun = all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    torchrun = all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     mpirun = "OMPI_COMM_WORLD_SIZE" in environ
     step = "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ
     if torchrun and ("TORCHELASTIC_RUN_ID" in environ or not mpirun):
@@ -72,7 +72,7 @@ def find_place(environ: Mapping[str, str], *, has_mpi: bool = FEATURES["mpi"]) -
     pmi = any(name in environ for name in ("PMI_SIZE", "PMI_RANK", "PMIX_RANK"))
     if mpirun or (pmi and (has_mpi or not step)):
         local = "OMPI_COMM_WORLD_LOCAL_RANK" if mpirun else "SLURM_LOCALID"
-        return Place("mpirun", local_rank=_number(environ, local, 0))
+        return Place("mpi", local_rank=_number(environ, local, 0))
     if step and _number(environ, "SLURM_STEP_NUM_TASKS") > 1:
         address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", ""))
         job = _number(environ, "SLURM_JOB_ID", 0) + 7 * _number(environ, "SLURM_STEP_ID", 0)
@@ -128,9 +128,9 @@ def world_from_env(
             "[comm.from_env] the backend is 'torch', expected torchrun's variables (RANK, "
             "WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or a Slurm step; there are none"
         )
-    if backend == "mpi" or (backend in ("", "nccl") and place.launcher == "mpirun"):
-        host = core.make_mpi_world(options)
-    elif backend == "thread" or place.launcher in ("single", "mpirun"):
+    if backend == "mpi" or (backend in ("", "nccl") and place.launcher == "mpi"):
+        host: Communicator = core.make_mpi_world(options)
+    elif backend == "thread" or place.launcher in ("single", "mpi"):
         host = core.make_thread_world(1, options)[0]
     else:
         group = _process_group(place, options.timeout)
@@ -141,4 +141,7 @@ def world_from_env(
 
     if not torch.cuda.is_available():
         raise NotSupported("[comm.from_env] device is 'cuda', but torch sees no CUDA device")
-    return core.make_nccl_world(host, place.local_rank % torch.cuda.device_count(), options)
+    world: Communicator = core.make_nccl_world(
+        host, place.local_rank % torch.cuda.device_count(), options
+    )
+    return world

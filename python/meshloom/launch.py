@@ -25,7 +25,7 @@ WIDTH_VARIABLE = "MESHLOOM_TERMINAL_WIDTH"
 
 
 def launcher(environment: Mapping[str, str] | None = None) -> str | None:
-    """`mpirun`, `torchrun`, `slurm`, or None for a process that was started alone."""
+    """`mpi`, `torchrun`, `slurm`, or None for a process that was started alone."""
     place = find_place(os.environ if environment is None else environment)
     return None if place.launcher == "single" else place.launcher
 

@@ -41,7 +41,7 @@ def test_torchrun_is_found() -> None:
 def test_mpirun_wins_over_stray_variables_and_torchrun_over_srun() -> None:
     mpirun = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}
     assert find_place(mpirun).local_rank == 2
-    assert find_place({**TORCHRUN, **mpirun}).launcher == "mpirun"
+    assert find_place({**TORCHRUN, **mpirun}).launcher == "mpi"
     assert find_place({**TORCHRUN, **SLURM, "PMIX_RANK": "0"}).launcher == "torchrun"
     assert find_place({**TORCHRUN, **mpirun, "TORCHELASTIC_RUN_ID": "x"}).launcher == "torchrun"
 
@@ -51,7 +51,7 @@ def test_slurm_steps_meet_at_the_first_host() -> None:
     assert (place.launcher, place.rank, place.size, place.local_rank) == ("slurm", 5, 8, 1)
     assert place.init_method == "tcp://gpu003:30011"
     assert find_place({**SLURM, "MASTER_ADDR": "h", "MASTER_PORT": "9"}).init_method == "tcp://h:9"
-    assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=True).launcher == "mpirun"
+    assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=True).launcher == "mpi"
     assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=False).launcher == "slurm"
 
 

@@ -18,7 +18,9 @@ BANNED = {
     r"torch/(torch|all|python)\.h": ["examples/"],
     r"ATen/(ATen|Functions)\.h": ["examples/"],
     r"torch/nn(\.h|/)": ["examples/"],
-    r"torch/csrc/distributed/.*": ["src/comm/backends/torch/", "python/bindings/core/"],
+    r"torch/csrc/distributed/.*": [
+        "src/comm/backends/torch/", "python/bindings/core/", "tests/conformance/",
+    ],
     r"mpi\.h": ["src/comm/", "tests/"],
     r"nccl\.h": ["src/comm/", "tests/"],
     r"iostream": ["examples/", "tests/"],
