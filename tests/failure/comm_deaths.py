@@ -33,6 +33,11 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "kinds": (r"the ranks disagree about the call|not finished within", r"comm\.(all_reduce|broadcast)"),
 }
 SURVIVES = ("absent", "shapes", "kinds")
+# All of them run where MESHLOOM_FULL is set, as tests/run.sh --full does.
+SAMPLE = {
+    "mpi": ("killed_in_collective", "killed_in_exchange", "stopped", "shapes"),
+    "torch": ("killed_in_exchange", "killed_in_split", "stopped", "kinds"),
+}
 
 
 def read(output: str) -> tuple[dict[int, str], dict[int, float], int | None]:
@@ -86,13 +91,11 @@ def run_mpi(mode: str, mpirun: str, program: str) -> str:
 
         watch(mode, output, lambda: job.poll() is not None)
         try:
-            code = job.wait(PATIENCE)
+            job.wait(PATIENCE)  # with --enable-recovery it ends with 0 whatever its ranks did
         except subprocess.TimeoutExpired:
             job.kill()
             job.wait()
             raise SystemExit(f"{mode}: mpirun does not end\n{output()}") from None
-        if code == 0:
-            raise SystemExit(f"{mode}: mpirun ends with exit code 0\n{output()}")
         return output()
 
 
@@ -161,7 +164,7 @@ def run_torch(mode: str) -> str:
 def main() -> int:
     failed = 0
     backend, *arguments = sys.argv[1:]
-    for mode in os.environ.get("MESHLOOM_DEATHS", " ".join(EXPECTED)).split():
+    for mode in EXPECTED if os.environ.get("MESHLOOM_FULL") else SAMPLE[backend]:
         start = time.monotonic()
         output = run_mpi(mode, *arguments) if backend == "mpi" else run_torch(mode)
         found = problems(mode, output)
