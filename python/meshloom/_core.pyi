@@ -7,8 +7,20 @@ import collections.abc
 import datetime
 import meshloom._plan
 import torch
+import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+class GroupOptions:
+    """
+    What all groups of a world share.
+    """
+    deterministic: bool
+    name: str
+    timeout: datetime.timedelta | None
+    def __init__(self, name: str = 'world', timeout: datetime.timedelta | None = None, deterministic: bool = False) -> None:
+        """
+        The timeout (seconds or a timedelta) limits calls that give none; without it MESHLOOM_TIMEOUT_SECONDS does.
+        """
 class Work:
     """
     One started operation; copies share it.
@@ -85,6 +97,16 @@ class Communicator:
     """
     A group of ranks and its traffic. Collective calls start the operation and return a Work; all ranks make them in the same order.
     """
+    @staticmethod
+    def from_env(options: GroupOptions = ..., device: str = 'cpu') -> typing.Any:
+        """
+        The world that the launcher made: mpirun, torchrun, a Slurm step, or a world of one. With device 'cuda' it carries CUDA tensors by NCCL. MESHLOOM_BACKEND overrides.
+        """
+    @staticmethod
+    def from_process_group(group: torch.distributed.distributed_c10d.ProcessGroup, options: GroupOptions = ...) -> Communicator:
+        """
+        A world over a torch.distributed group that carries CPU tensors, e.g. torch.distributed.group.WORLD. Collective.
+        """
     def abort(self, reason: str) -> None:
         """
         Ends every pending and future call on this rank with CommError.
@@ -107,15 +129,31 @@ class Communicator:
         """
         The root's tensor to all ranks, in place.
         """
+    def flight_record(self) -> str:
+        """
+        The last calls of this rank over all groups of its world, as JSON.
+        """
+    def pending_report(self) -> str:
+        """
+        What this rank waits for now: a line a call, with the peers that are missing.
+        """
     def reduce_scatter(self, input: torch.Tensor, rows: collections.abc.Sequence[typing.SupportsInt], timeout: datetime.timedelta | None = None, purpose: str = 'other') -> Work:
         """
         Sum over ranks, of which this rank keeps its rows.
+        """
+    def report(self) -> str:
+        """
+        What this rank waits for and did before, over its world and all its groups.
         """
     def reset_traffic(self) -> None:
         ...
     def send_receive(self, sends: collections.abc.Sequence[tuple[typing.SupportsInt, torch.Tensor]], receives: collections.abc.Sequence[tuple[typing.SupportsInt, torch.Tensor]], timeout: datetime.timedelta | None = None, purpose: str = 'other') -> Work:
         """
         Grouped sends and receives, each a pair (peer, tensor); receives write in place.
+        """
+    def set_label(self, step: typing.SupportsInt = -1, instruction: str = '', slot: typing.SupportsInt = -1, unit: typing.SupportsInt = -1, samples: collections.abc.Sequence[typing.SupportsInt] = []) -> None:
+        """
+        What this rank does from now on: kept with its calls and part of their errors.
         """
     def split(self, color: typing.SupportsInt, key: typing.SupportsInt, name: str) -> Communicator | None:
         """
@@ -140,12 +178,18 @@ class Communicator:
     @property
     def size(self) -> int:
         ...
-class GroupOptions:
-    deterministic: bool
-    name: str
-    timeout: datetime.timedelta | None
-    def __init__(self, name: str = 'world', deterministic: bool = False) -> None:
-        ...
+class Watchdog:
+    """
+    Turns a hang of this rank into a report, once a hang.
+    """
+    def __init__(self, world: Communicator, patience: datetime.timedelta, on_hang: collections.abc.Callable[[str], None], folder: str = '') -> None:
+        """
+        on_hang(report) runs on a thread of the watchdog when a call is pending for longer than `patience` (seconds or a timedelta); the report and the flight record are written to `folder` too where one is given.
+        """
+    def reports(self) -> int:
+        """
+        Hangs reported so far.
+        """
 class RopeConfig:
     """
     Rotary embedding: default, linear, llama3 or yarn.
@@ -866,9 +910,9 @@ def make_mpi_world(options: GroupOptions = ...) -> Communicator:
     """
     The process's place under mpirun.
     """
-def make_nccl_world(bootstrap: Communicator, device: typing.SupportsInt, options: GroupOptions = ...) -> Communicator:
+def make_nccl_world(bootstrap: Communicator, device: typing.SupportsInt, options: GroupOptions = ..., max_communicators: typing.SupportsInt = 24, ctas: tuple[typing.SupportsInt, typing.SupportsInt] = (0, 0), group_ctas: collections.abc.Mapping[str, tuple[typing.SupportsInt, typing.SupportsInt]] = {}) -> Communicator:
     """
-    NCCL over CUDA devices.
+    NCCL over CUDA devices, started over a world of the same ranks on the host. ctas: least and most multiprocessors of a communicator, 0 where NCCL decides; group_ctas: by group name.
     """
 def make_thread_world(size: typing.SupportsInt, options: GroupOptions = ...) -> list[Communicator]:
     """
