@@ -1,8 +1,10 @@
 #include "plan/balance/placement.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 namespace meshloom::plan::balance {
 
@@ -13,6 +15,8 @@ constexpr int kWholeAxis = 1024;
 constexpr int kPart = 256;
 /// Ranks that the search for one unit's place looks at.
 constexpr std::size_t kScanned = 1024;
+/// A unit that ends later than this beyond the target may leave its node.
+constexpr double kTargetSlack = 1e-3;
 
 int part_size(const Model& model) {
   if (model.ranks_per_node < model.ranks) return model.ranks_per_node;
@@ -135,10 +139,52 @@ double Placement::fillable(std::size_t begin, std::size_t width, double start) c
 void Placement::place_inside_(int degree, double time, double target, const PlacementRule& rule) {
   const Window window = best_window(degree, time, target, rule);
   const auto width = static_cast<std::size_t>(degree);
+  if (nodes_ > 1 && window.start + time > target * (1.0 + kTargetSlack) &&
+      place_scattered_(degree, time, window.start)) {
+    return;  // locality first, but not at the price of the makespan
+  }
   const double gap = fillable(window.begin, width, window.start);
   raise_(window.begin, width, window.start + time);
   reorder_(window.begin / node_size_);
   record_(window.start, time, gap);
+}
+
+bool Placement::place_scattered_(int degree, double time, double before) {
+  // The least loaded ranks of all nodes: a heap of each node's next one.
+  using Next = std::pair<double, std::size_t>;  // load, position
+  std::vector<Next> heap;
+  for (std::size_t node = 0; node < nodes_; ++node) {
+    heap.emplace_back(load_[node * node_size_], node * node_size_);
+  }
+  std::make_heap(heap.begin(), heap.end(), std::greater<>());
+  std::vector<std::size_t> taken(nodes_, 0);
+  double start = 0.0;
+  for (int i = 0; i < degree; ++i) {
+    if (heap.empty()) return false;
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+    const auto [load, at] = heap.back();
+    start = load;
+    const std::size_t node = at / node_size_;
+    ++taken[node];
+    if (at + 1 < node_end(node)) {
+      heap.back() = {load_[at + 1], at + 1};
+      std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    } else {
+      heap.pop_back();
+    }
+  }
+  if (start >= before) return false;
+  double gap = 0.0;
+  for (std::size_t node = 0; node < nodes_; ++node) {
+    if (taken[node] == 0) continue;
+    gap += fillable(node * node_size_, taken[node], start);
+    raise_(node * node_size_, taken[node], start + time);
+  }
+  for (std::size_t node = 0; node < nodes_; ++node) {
+    if (taken[node] > 0) reorder_(node);
+  }
+  record_(start, time, gap);
+  return true;
 }
 
 void Placement::place_across_(int degree, double time, double target, const PlacementRule& rule) {
@@ -166,6 +212,10 @@ void Placement::place_across_(int degree, double time, double target, const Plac
     const double over = std::max(0.0, start + time - target);
     const double price = gap + degree * (rule.overflow * over + rule.low * start);
     if (price < best.price) best = {at, start, price};
+  }
+  if (best.start + time > target * (1.0 + kTargetSlack) &&
+      place_scattered_(degree, time, best.start)) {
+    return;
   }
   std::vector<std::size_t> run;
   double fillable_gap = 0.0;

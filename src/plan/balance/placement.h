@@ -21,7 +21,8 @@ struct PlacementRule {
 };
 
 /// Where the units of one list of jobs go: start times and ranks, in placement order. A unit stays
-/// inside a node if one holds it, else it takes whole nodes and a part of one more.
+/// inside a node if one holds it without ending beyond the target; a wider one takes whole nodes
+/// and a part of one more.
 class Placement {
  public:
   explicit Placement(const Model& model);
@@ -58,6 +59,9 @@ class Placement {
   [[nodiscard]] Window best_window(int degree, double time, double target,
                                    const PlacementRule& rule) const;
   void place_inside_(int degree, double time, double target, const PlacementRule& rule);
+  /// On the least loaded ranks of any node, if that starts before `before`. @returns whether it
+  /// did.
+  bool place_scattered_(int degree, double time, double before);
   void place_across_(int degree, double time, double target, const PlacementRule& rule);
   /// Raises `width` positions from `begin` to `end` and keeps their node sorted.
   void raise_(std::size_t begin, std::size_t width, double end);

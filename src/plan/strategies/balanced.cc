@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "meshloom/plan/exact.h"
 #include "plan/balance/fill.h"
@@ -16,7 +18,21 @@ constexpr std::size_t kFewSamples = 12;
 constexpr int kFewRanks = 8;
 constexpr std::int64_t kVisits = 30'000;
 /// What a shorter makespan has to gain to be worth more traffic.
-constexpr double kWorthwhile = 0.003;
+constexpr double kWorthwhile = 0.01;
+/// A makespan this far above the bound is compared with a greedy one: where long units of many
+/// ranks fill the step (offload makes them), whoever takes the least loaded ranks may fit better.
+constexpr double kLate = 0.03;
+
+double makespan_of(const PlanProblem& problem, const std::vector<Slot>& slots) {
+  StepPlan plan;
+  plan.layout = problem.layout;
+  plan.lockstep = problem.lockstep;
+  plan.cost = problem.cost;
+  plan.samples = problem.samples;
+  plan.slots = slots;
+  const auto finish = rank_finish_times(plan);
+  return *std::max_element(finish.begin(), finish.end());
+}
 
 class Balanced final : public BalanceStrategy {
  public:
@@ -31,6 +47,10 @@ class Balanced final : public BalanceStrategy {
     if (small && schedule.makespan > model.bound * (1.0 + kWorthwhile)) {
       ExactResult best = solve_exact(problem, kVisits);
       if (best.makespan < schedule.makespan * (1.0 - kWorthwhile)) return std::move(best.slots);
+    }
+    if (schedule.makespan > model.bound * (1.0 + kLate)) {
+      auto other = make_bytescale()->assign(problem);
+      if (makespan_of(problem, other) < schedule.makespan * (1.0 - kWorthwhile)) return other;
     }
     return slots;
   }

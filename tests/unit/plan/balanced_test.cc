@@ -67,6 +67,19 @@ TEST(Balanced, ReachesTheTableOfEfficiency) {
   EXPECT_GE(sum / 10, 0.99);
 }
 
+TEST(Balanced, LeavesNodesWhereTheyCostTheMakespan) {
+  // Units of five ranks that last as long as the step: inside nodes of eight every node idles
+  // three.
+  PlanProblem problem;
+  problem.layout.hdp = 40;
+  problem.ranks_per_node = 8;
+  problem.capacity_tokens = 1000;
+  problem.cost = {.quadratic = 0.0, .linear = 1.0, .fixed = 0.0, .exchange = 0.0};
+  for (int i = 0; i < 8; ++i) problem.samples.push_back({i, 5000, 0});
+  const Prediction predicted = make_plan(problem, "balanced").predicted;
+  EXPECT_NEAR(predicted.makespan, predicted.lower_bound, 1e-6);
+}
+
 TEST(Balanced, LevelsMicroBatchesUnderAPipeline) {
   // Work over ranks and stages, and the bubble of some dozens of micro-batches.
   constexpr double kAboveIdeal = 1.35;
