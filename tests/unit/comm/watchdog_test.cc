@@ -21,8 +21,8 @@ namespace {
 using std::chrono::milliseconds;
 
 // Only a hang reaches it.
-constexpr std::chrono::seconds kLong{60};
-constexpr milliseconds kPatience{30};
+constexpr std::chrono::seconds kHangLimit{60};
+constexpr milliseconds kWatchPatience{30};
 
 Label forward() {
   Label label;
@@ -43,14 +43,14 @@ TEST(Label, ReadsAsASentence) {
 }
 
 TEST(Label, IsPartOfRecordsAndErrors) {
-  auto world = make_thread_world(2, {.timeout = kLong});
+  auto world = make_thread_world(2, {.timeout = kHangLimit});
   world[0].recorder().set_label(forward());
   world[0].recorder().set_context("warming up");
   auto tensor = at::zeros({4});
   auto work = world[0].all_reduce_(tensor);
   world[0].recorder().set_label({});
   try {
-    work.wait(kPatience);
+    work.wait(kWatchPatience);
     FAIL() << "expected Timeout";
   } catch (const Timeout& error) {
     const std::string text = error.what();
@@ -67,7 +67,7 @@ TEST(Label, IsPartOfRecordsAndErrors) {
 }
 
 TEST(Report, NamesWhatAllGroupsOfAWorldWaitFor) {
-  auto world = make_thread_world(3, {.name = "trio", .timeout = kLong});
+  auto world = make_thread_world(3, {.name = "trio", .timeout = kHangLimit});
   std::vector<std::optional<Communicator>> pairs(3);
   std::vector<std::future<void>> ranks;
   for (int r = 0; r < 3; ++r) {
@@ -96,10 +96,10 @@ TEST(Watchdog, ReportsAHangOnce) {
   const auto folder =
       std::filesystem::temp_directory_path() / ("meshloom_watchdog_" + std::to_string(::getpid()));
   std::filesystem::create_directory(folder);
-  auto world = make_thread_world(2, {.timeout = kLong});
+  auto world = make_thread_world(2, {.timeout = kHangLimit});
   std::promise<std::string> told;
   WatchdogOptions options;
-  options.patience = kPatience;
+  options.patience = kWatchPatience;
   options.on_hang = [&](const std::string& report) { told.set_value(report); };
   options.folder = folder.string();
   Watchdog watchdog(world[1], options);
@@ -110,7 +110,7 @@ TEST(Watchdog, ReportsAHangOnce) {
   EXPECT_NE(report.find("rank 1/2 group \"world\""), std::string::npos) << report;
   EXPECT_NE(report.find("slot 3 unit 7 samples 4, 9"), std::string::npos) << report;
   EXPECT_NE(report.find("missing peers: 0"), std::string::npos) << report;
-  std::this_thread::sleep_for(2 * kPatience);
+  std::this_thread::sleep_for(2 * kWatchPatience);
   EXPECT_EQ(watchdog.reports(), 1);  // a second one would throw in the promise, too
   auto yours = at::zeros({4});
   world[0].all_reduce_(yours).wait();
@@ -123,19 +123,19 @@ TEST(Watchdog, ReportsAHangOnce) {
 }
 
 TEST(Watchdog, IsQuietWhileCallsEnd) {
-  auto world = make_thread_world(1, {.timeout = kLong});
+  auto world = make_thread_world(1, {.timeout = kHangLimit});
   std::atomic<int> told{0};
-  const Watchdog watchdog(world[0], {kPatience, [&](const std::string&) { ++told; }, ""});
+  const Watchdog watchdog(world[0], {kWatchPatience, [&](const std::string&) { ++told; }, ""});
   for (int i = 0; i < 5; ++i) {
     world[0].barrier().wait();
-    std::this_thread::sleep_for(kPatience / 2);
+    std::this_thread::sleep_for(kWatchPatience / 2);
   }
   EXPECT_EQ(told, 0);
 }
 
 TEST(Watchdog, RefusesToWatchInVain) {
   auto world = make_thread_world(1);
-  EXPECT_THROW(Watchdog(world[0], {kPatience, nullptr, ""}), InvalidArgument);
+  EXPECT_THROW(Watchdog(world[0], {kWatchPatience, nullptr, ""}), InvalidArgument);
   EXPECT_THROW(Watchdog(world[0], {milliseconds(0), [](const std::string&) {}, ""}),
                InvalidArgument);
 }

@@ -27,6 +27,11 @@ enum class NcclResult : std::uint8_t {
 
 [[nodiscard]] MESHLOOM_API const char* name_of(NcclResult result);
 
+/// Neither success nor in progress.
+[[nodiscard]] constexpr bool is_bad(NcclResult result) {
+  return result != NcclResult::kSuccess && result != NcclResult::kInProgress;
+}
+
 using NcclComm = void*;
 using DeviceStream = void*;
 using DeviceEvent = void*;

@@ -5,10 +5,6 @@
 namespace meshloom::comm::detail {
 namespace {
 
-bool is_bad(NcclResult result) {
-  return result != NcclResult::kSuccess && result != NcclResult::kInProgress;
-}
-
 std::byte* data_of(const at::Tensor& tensor) {
   return tensor.defined() ? static_cast<std::byte*>(const_cast<void*>(tensor.const_data_ptr()))
                           : nullptr;

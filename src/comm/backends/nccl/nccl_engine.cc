@@ -24,10 +24,6 @@ constexpr milliseconds kErrorPeriod{5};
 // A communicator that is no longer needed gets this long to flush before it is aborted.
 constexpr std::chrono::seconds kLastWait{2};
 
-bool is_bad(NcclResult result) {
-  return result != NcclResult::kSuccess && result != NcclResult::kInProgress;
-}
-
 bool is_message(const WorkImpl& work) {
   return work.request().operation == Operation::kSendReceive;
 }

@@ -31,7 +31,7 @@ struct FrameHeader {
 };
 constexpr std::int64_t kInlineBytes = TorchTransport::kFrameBytes - sizeof(FrameHeader);
 
-struct NoticeHeader {
+struct AbortNotice {
   std::int32_t group = 0;
   std::int32_t length = 0;
 };
@@ -392,7 +392,7 @@ void TorchTransport::abort(const std::shared_ptr<Group>& group, const std::strin
         if (member == rank_) continue;
         auto shared = std::make_shared<Notice>();
         Notice& notice = *shared;
-        NoticeHeader header;
+        AbortNotice header;
         header.group = group->id;
         header.length = static_cast<std::int32_t>(
             std::min<std::size_t>(group->reason.size(), kFrameBytes - sizeof(header)));
@@ -425,7 +425,7 @@ void TorchTransport::listen() {
     } catch (const std::exception&) {
       return;  // closed, or the process group is broken: calls fail by themselves
     }
-    NoticeHeader header;
+    AbortNotice header;
     std::memcpy(&header, inbox_->frame.data(), sizeof(header));
     const std::string reason(reinterpret_cast<const char*>(inbox_->frame.data()) + sizeof(header),
                              static_cast<std::size_t>(header.length));
