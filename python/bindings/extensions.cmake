@@ -1,6 +1,7 @@
 # The extension modules: `_plan` never loads LibTorch, `_core` is the rest.
 meshloom_add_extension(_plan
   SOURCES
+    bindings/plan/fit.cc
     bindings/plan/models.cc
     bindings/plan/module.cc
     bindings/plan/program.cc

@@ -5,7 +5,7 @@ Planning, verification and simulation; never loads LibTorch.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostModel', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'Violation', 'Workload', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'strategies', 'strategy_names', 'verify']
+__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostFit', 'CostModel', 'CostRefiner', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'UnitTiming', 'Violation', 'Workload', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'fit_cost', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'step_time', 'strategies', 'strategy_names', 'verify']
 class Coordinates:
     """
     Where a world rank sits.
@@ -167,6 +167,79 @@ class MemoryModel:
         ...
     @transfer.setter
     def transfer(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class UnitTiming:
+    """
+    One unit as it was measured on one of its ranks.
+    """
+    def __init__(self, tokens: collections.abc.Sequence[typing.SupportsFloat], seconds: typing.SupportsFloat, degree: typing.SupportsInt = 1) -> None:
+        """
+        `tokens` of each sample; `seconds` of forward and backward.
+        """
+    @property
+    def degree(self) -> int:
+        ...
+    @degree.setter
+    def degree(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def seconds(self) -> float:
+        ...
+    @seconds.setter
+    def seconds(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def square_sum(self) -> float:
+        ...
+    @square_sum.setter
+    def square_sum(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def token_sum(self) -> float:
+        ...
+    @token_sum.setter
+    def token_sum(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class CostFit:
+    """
+    A cost model and how well it explains the timings.
+    """
+    @property
+    def median_error(self) -> float:
+        ...
+    @property
+    def model(self) -> CostModel:
+        ...
+    @property
+    def outliers(self) -> int:
+        ...
+    @property
+    def worst_error(self) -> float:
+        ...
+class CostRefiner:
+    """
+    Follows measured unit times while training.
+    """
+    __hash__: typing.ClassVar[None] = None
+    @staticmethod
+    def from_json(text: str) -> CostRefiner:
+        ...
+    def __eq__(self, arg0: CostRefiner) -> bool:
+        ...
+    def __init__(self, prior: CostModel, horizon: typing.SupportsFloat = 512.0) -> None:
+        ...
+    def add(self, timing: UnitTiming) -> None:
+        ...
+    def to_json(self) -> str:
+        ...
+    @property
+    def error(self) -> float:
+        ...
+    @property
+    def model(self) -> CostModel:
+        ...
+    @property
+    def units(self) -> int:
         ...
 class SampleInfo:
     """
@@ -937,6 +1010,10 @@ def compile(plan: StepPlan, *, layers: typing.SupportsInt = 1, schedule: str = '
     """
 def compile_rank(plan: StepPlan, rank: typing.SupportsInt, *, layers: typing.SupportsInt = 1, schedule: str = '', table: Schedule = None) -> Program:
     ...
+def fit_cost(timings: collections.abc.Sequence[UnitTiming]) -> CostFit:
+    """
+    Least squares on relative errors; coefficients not negative, outliers weighted down.
+    """
 def into_slots(units: collections.abc.Sequence[Unit], hdp: typing.SupportsInt) -> list[Slot]:
     """
     Units in order -> slots.
@@ -980,6 +1057,10 @@ def schedule_names() -> list[str]:
 def simulate(plan: StepPlan, cluster: Cluster, workload: Workload, *, schedule: str = '', table: Schedule = None, spans: bool = False) -> Simulation:
     """
     Compiles the plan's programs and runs them on a cost model.
+    """
+def step_time(plan: StepPlan, schedule: str = '') -> float:
+    """
+    Time of the plan's programs in the units of its cost model.
     """
 def strategy_names() -> list[str]:
     """

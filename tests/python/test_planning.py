@@ -236,3 +236,23 @@ def test_report_is_one_page(
     assert max(span[-1] for span in data["spans"]) == pytest.approx(data["time"], rel=1e-4)
     samples = [sample for slot in data["slots"] for _, held in slot for sample in held]
     assert sorted(samples) == list(range(len(LENGTHS)))
+
+
+def test_costs_are_fitted_and_refined(ml: Any) -> None:
+    truth = ml.CostModel(quadratic=2e-9, linear=5e-5, fixed=3e-3)
+    timings = []
+    for index in range(40):
+        lengths = [50 + 37 * index * index] if index % 2 else [100 + index, 7 * index + 1, 900]
+        seconds = sum(truth.work(length) for length in lengths) + truth.fixed
+        timings.append(ml.UnitTiming(lengths, seconds * (9 if index == 20 else 1)))
+    fit = ml.fit_cost(timings)
+    assert fit.outliers == 1
+    assert fit.model.quadratic == pytest.approx(truth.quadratic, rel=1e-3)
+    assert fit.model.linear == pytest.approx(truth.linear, rel=1e-3)
+    refiner = ml.CostRefiner(ml.CostModel())
+    for timing in timings * 5:
+        refiner.add(timing)
+    assert refiner.model.quadratic == pytest.approx(truth.quadratic, rel=0.1)
+    assert type(refiner).from_json(refiner.to_json()) == refiner
+    with pytest.raises(ml.InvalidArgument, match="too alike"):
+        ml.fit_cost([timings[1]] * 9)

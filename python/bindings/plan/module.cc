@@ -9,6 +9,7 @@ PYBIND11_MODULE(_plan, module) {
   meshloom::bindings::register_errors(module);
   module.attr("__version__") = meshloom::kVersion;
   meshloom::bindings::bind_models(module);
+  meshloom::bindings::bind_fit(module);
   meshloom::bindings::bind_step_plan(module);
   meshloom::bindings::bind_strategy(module);
   meshloom::bindings::bind_schedule(module);

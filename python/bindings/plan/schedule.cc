@@ -11,6 +11,7 @@
 
 #include "bindings/plan/topics.h"
 #include "meshloom/core/error.h"
+#include "meshloom/plan/step_time.h"
 
 namespace meshloom::bindings {
 namespace {
@@ -85,6 +86,10 @@ void bind_schedule(py::module_& module) {
              py::arg("slots"), "A built-in schedule as a table.");
   module.def("check_schedule", &plan::check_schedule, py::arg("schedule"), py::arg("layout"),
              py::arg("slots"), "Raises PlanError for a table that can't be carried out.");
+  module.def("step_time",
+             py::overload_cast<const plan::StepPlan&, const std::string&>(&plan::step_time),
+             py::arg("plan"), py::arg("schedule") = std::string(),
+             "Time of the plan's programs in the units of its cost model.");
 }
 
 }  // namespace meshloom::bindings

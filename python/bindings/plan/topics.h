@@ -6,6 +6,7 @@
 namespace meshloom::bindings {
 
 void bind_models(pybind11::module_& module);     ///< layout, cost and memory models
+void bind_fit(pybind11::module_& module);        ///< cost models from timings
 void bind_step_plan(pybind11::module_& module);  ///< samples, units, plans, per-rank lists
 void bind_strategy(pybind11::module_& module);   ///< problems, strategies, their registry
 void bind_program(pybind11::module_& module);    ///< instructions, programs, compile
