@@ -112,7 +112,15 @@ void WorkImpl::wait_until(std::chrono::steady_clock::time_point until,
 void WorkImpl::expire(std::chrono::milliseconds limit) {
   const auto group = group_.lock();
   std::string missing = "unknown (the group is gone)";
-  if (group) missing = fmt::format("{}", fmt::join(group->missing(*this), ", "));
+  if (group) {
+    missing = fmt::format("{}", fmt::join(group->missing(*this), ", "));
+    // A peer that timed out first has aborted the group, and with it what was known of who is
+    // there.
+    if (const std::string reason = group->abort_reason(); missing.empty() && !reason.empty()) {
+      fail("aborted: " + reason);
+      return;
+    }
+  }
   if (missing.empty()) missing = "unknown";
   const std::string text = fmt::format("{}: not finished within {:.3f} s; missing peers: {}", who(),
                                        static_cast<double>(limit.count()) / 1000.0, missing);

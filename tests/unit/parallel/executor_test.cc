@@ -94,8 +94,8 @@ TEST(Executor, LayoutsThatAreNotBuiltAreRefusedByName) {
   refused([](auto& plan) { plan.layout.ep = 2; }, "expert parallelism (ep) is not built");
   refused([](auto& plan) { plan.layout.chunks = 2; }, "more than one model chunk");
   refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
-  refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kUlysses; },
-          "exchange \"ulysses\" is not built");
+  refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kRingUlysses; },
+          "exchange \"ring_ulysses\" is not built");
   EXPECT_EQ(world[0].traffic().size(), 0U) << "nothing has run";
 }
 
