@@ -17,8 +17,10 @@ class TableBuilder {
  public:
   explicit TableBuilder(const ModelConfig& config) : config_(config) {}
 
-  void weight(const std::string& name, std::vector<std::int64_t> shape, bool decay = true) {
-    table_.append({.name = name + ".weight", .shape = std::move(shape), .decay = decay});
+  void weight(const std::string& name, std::vector<std::int64_t> shape, bool decay = true,
+              std::int64_t expert = -1) {
+    table_.append(
+        {.name = name + ".weight", .shape = std::move(shape), .decay = decay, .expert = expert});
   }
   void bias(const std::string& name, std::int64_t size) {
     table_.append({.name = name + ".bias", .shape = {size}, .decay = false, .zeros = true});
@@ -88,11 +90,11 @@ class TableBuilder {
     };
     weight(prefix + "gate", {config_.moe.experts, hidden});
     for (std::int64_t e = 0; e < config_.moe.experts; ++e) {
-      weight(expert(e, mixtral ? "w1" : "gate_proj"), {inner, hidden});
-      weight(expert(e, mixtral ? "w3" : "up_proj"), {inner, hidden});
+      weight(expert(e, mixtral ? "w1" : "gate_proj"), {inner, hidden}, true, e);
+      weight(expert(e, mixtral ? "w3" : "up_proj"), {inner, hidden}, true, e);
     }
     for (std::int64_t e = 0; e < config_.moe.experts; ++e) {
-      weight(expert(e, mixtral ? "w2" : "down_proj"), {hidden, inner});
+      weight(expert(e, mixtral ? "w2" : "down_proj"), {hidden, inner}, true, e);
     }
   }
 

@@ -28,7 +28,7 @@ using Clock = std::chrono::steady_clock;
 struct MicroBatch {
   model::SequenceBatch batch;
   std::unique_ptr<model::AttentionExchange> attention;
-  model::LocalDispatcher dispatcher;
+  std::unique_ptr<model::TokenDispatcher> dispatcher;
   model::ResidentActivations activations;
 };
 
@@ -49,15 +49,15 @@ std::string describe(const plan::StepPlan& plan, const plan::Instruction& instru
 }
 
 /// What is planned, verified and simulated, but not executed yet, by name.
-void refuse_layout(const plan::StepPlan& plan) {
+void refuse_layout(const plan::StepPlan& plan, bool dispatches) {
   const auto refuse = [&](const char* what) {
     throw NotSupported("parallel.executor",
-                       fmt::format("layout {}: {} is not built; only hdp may be above 1",
+                       fmt::format("layout {}: {} is not built; hdp and ep may be above 1",
                                    plan.layout.to_string(), what));
   };
   if (plan.layout.tp > 1) refuse("tensor parallelism (tp)");
   if (plan.layout.pp > 1) refuse("pipeline parallelism (pp)");
-  if (plan.layout.ep > 1) refuse("expert parallelism (ep)");
+  if (plan.layout.ep > 1 && !dispatches) refuse("expert parallelism (ep) without a dispatcher");
   if (plan.layout.chunks > 1) refuse("more than one model chunk a rank (chunks)");
   for (std::size_t s = 0; s < plan.slots.size(); ++s) {
     for (std::size_t u = 0; u < plan.slots[s].units.size(); ++u) {
@@ -132,16 +132,17 @@ std::unique_ptr<model::AttentionExchange> make_exchange(const comm::Communicator
 class Executor::Impl {
  public:
   Impl(std::shared_ptr<model::Stage> stage, comm::Communicator hdp, ExecutorOptions options,
-       ExchangeFactory exchange)
+       ExchangeFactory exchange, DispatcherFactory dispatcher)
       : stage_(std::move(stage)),
         hdp_(std::move(hdp)),
         options_(std::move(options)),
-        exchange_(std::move(exchange)) {}
+        exchange_(std::move(exchange)),
+        dispatcher_(std::move(dispatcher)) {}
 
   struct Step {
     const plan::StepPlan& plan;
     const SampleLoader& load;
-    Zero1& state;
+    ParameterState& state;
     model::RouterBalance* balance;
     const std::function<void()>& on_step;
     bool training;
@@ -152,7 +153,7 @@ class Executor::Impl {
   };
 
   StepOutcome run(Step step, const plan::Program& program) {
-    refuse_layout(step.plan);
+    refuse_layout(step.plan, static_cast<bool>(dispatcher_));
     MESHLOOM_CHECK_EQ(step.plan.layout.hdp, hdp_.size(), "parallel.executor",
                       "hdp of the plan and ranks of the communicator");
     MESHLOOM_CHECK_EQ(program.rank, hdp_.rank(), "parallel.executor",
@@ -225,7 +226,14 @@ class Executor::Impl {
 
   void load(Step& step, const plan::Instruction& instruction) {
     auto& micro = step.in_flight[{instruction.slot, instruction.chunk}];
-    const auto device = step.state.values().device();
+    const auto device = step.state.device();
+    SpanSink sink;
+    if (options_.record_spans) {
+      sink = [&step, instruction](Span::Kind kind, Clock::time_point begin, Clock::time_point end) {
+        record(step, kind, instruction, begin, end);
+      };
+    }
+    micro.dispatcher = dispatcher_ ? dispatcher_(sink) : std::make_unique<model::LocalDispatcher>();
     if (instruction.unit < 0) {
       micro.batch = empty_batch(device);
       micro.attention = std::make_unique<model::LocalAttention>();
@@ -239,12 +247,6 @@ class Executor::Impl {
     }
     micro.batch = build_batch(step.plan, unit, static_cast<int>(own - unit.ranks.begin()),
                               step.load, device, stage_->config().vocab_size);
-    SpanSink sink;
-    if (options_.record_spans) {
-      sink = [&step, instruction](Span::Kind kind, Clock::time_point begin, Clock::time_point end) {
-        record(step, kind, instruction, begin, end);
-      };
-    }
     micro.attention = exchange_(hdp_, unit, std::move(sink), buffers_);
   }
 
@@ -262,14 +264,13 @@ class Executor::Impl {
   }
 
   model::StageContext context(Step& step, MicroBatch& micro) {
-    auto& parameters = step.state.parameters();
     return {.batch = micro.batch,
-            .parameters = parameters,
+            .parameters = step.state.source(),
             .attention = *micro.attention,
-            .dispatcher = micro.dispatcher,
+            .dispatcher = *micro.dispatcher,
             .linear = linear_,
             .balance = step.balance,
-            .gradients = step.training ? &parameters : nullptr,
+            .gradients = step.training ? &step.state.sink() : nullptr,
             .activations = step.training ? &micro.activations : nullptr,
             .loss_weight = step.loss_weight,
             .z_loss_weight = step.z_loss_weight};
@@ -302,21 +303,22 @@ class Executor::Impl {
   ExecutorOptions options_;
   ExchangeFactory exchange_;
   std::shared_ptr<ExchangeBuffers> buffers_ = std::make_shared<ExchangeBuffers>();
+  DispatcherFactory dispatcher_;
   model::LocalLinear linear_;
 
   friend class Executor;
 };
 
 Executor::Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp,
-                   ExecutorOptions options, ExchangeFactory exchange)
+                   ExecutorOptions options, ExchangeFactory exchange, DispatcherFactory dispatcher)
     : impl_(std::make_unique<Impl>(std::move(stage), std::move(hdp), std::move(options),
-                                   std::move(exchange))) {}
+                                   std::move(exchange), std::move(dispatcher))) {}
 
 Executor::~Executor() = default;
 
 StepOutcome Executor::run(const plan::StepPlan& plan, const plan::Program& program,
-                          const SampleLoader& load, Zero1& state, model::RouterBalance* balance,
-                          const std::function<void()>& on_step) {
+                          const SampleLoader& load, ParameterState& state,
+                          model::RouterBalance* balance, const std::function<void()>& on_step) {
   const auto loss_tokens = plan.total_loss_tokens();
   MESHLOOM_CHECK_GT(loss_tokens, 0, "parallel.executor", "loss tokens of the step");
   return impl_->run({.plan = plan,
@@ -334,7 +336,7 @@ StepOutcome Executor::run(const plan::StepPlan& plan, const plan::Program& progr
 }
 
 StepOutcome Executor::evaluate(const plan::StepPlan& plan, const plan::Program& program,
-                               const SampleLoader& load, Zero1& state,
+                               const SampleLoader& load, ParameterState& state,
                                model::RouterBalance* balance) {
   const std::function<void()> none;
   return impl_->run({.plan = plan,

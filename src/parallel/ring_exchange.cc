@@ -42,6 +42,8 @@ const char* to_string(Span::Kind kind) {
       return "exchange";
     case Span::Kind::kWait:
       return "wait";
+    case Span::Kind::kDispatch:
+      return "dispatch";
     case Span::Kind::kReduce:
       return "reduce";
     case Span::Kind::kStep:

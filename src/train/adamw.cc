@@ -11,6 +11,8 @@
 #include <cmath>
 #include <optional>
 #include <regex>
+#include <string_view>
+#include <unordered_map>
 #include <utility>
 
 #include "meshloom/core/check.h"
@@ -61,14 +63,21 @@ std::vector<ParameterSetting> parameter_settings(const model::ParameterTable& ta
 
 AdamW::AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
              const AdamWOptions& options, const std::vector<ParameterRule>& rules)
+    : AdamW(table, range, std::move(master), options, parameter_settings(table, options, rules)) {}
+
+AdamW::AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
+             const AdamWOptions& options, const std::vector<ParameterSetting>& settings)
     : options_(options), master_(std::move(master)) {
   MESHLOOM_CHECK_EQ(master_.numel(), range.size(), "train.AdamW", "elements of master");
   exp_avg_ = at::zeros_like(master_);
   exp_avg_sq_ = at::zeros_like(master_);
-  const std::vector<ParameterSetting> settings = parameter_settings(table, options, rules);
-  for (std::size_t i = 0; i < settings.size(); ++i) {
-    const ParameterSetting& setting = settings[i];
-    const model::ParameterSpec& spec = table.parameters[i];
+  std::unordered_map<std::string_view, const ParameterSetting*> by_name;
+  for (const ParameterSetting& setting : settings) by_name.emplace(setting.name, &setting);
+  for (const model::ParameterSpec& spec : table.parameters) {
+    const auto found = by_name.find(spec.name);
+    MESHLOOM_CHECK(found != by_name.end(), "train.AdamW",
+                   fmt::format("\"{}\" has no setting", spec.name));
+    const ParameterSetting& setting = *found->second;
     const Segment segment{std::max(spec.offset, range.begin) - range.begin,
                           std::min(spec.offset + spec.elements(), range.end) - range.begin};
     if (setting.frozen || segment.end <= segment.begin) continue;

@@ -87,12 +87,11 @@ struct OutgoingSlice {
   at::Tensor values;
 };
 
-std::vector<OutgoingSlice> cut(const model::ParameterTable& table, parallel::FlatRange range,
-                               const std::vector<ShardState>& states) {
-  std::vector<OutgoingSlice> result;
-  for (const ShardState& state : states) {
+void cut(const CheckpointPart& part, std::vector<OutgoingSlice>& result) {
+  const parallel::FlatRange range = part.range;
+  for (const ShardState& state : part.states) {
     MESHLOOM_CHECK_EQ(state.values.numel(), range.size(), kWriteWhere, "elements of a state");
-    for (const model::ParameterSpec& spec : table.parameters) {
+    for (const model::ParameterSpec& spec : part.table.parameters) {
       const std::int64_t begin = std::max(spec.offset, range.begin);
       const std::int64_t end = std::min(spec.offset + spec.elements(), range.end);
       std::int64_t at = begin - range.begin;
@@ -108,7 +107,6 @@ std::vector<OutgoingSlice> cut(const model::ParameterTable& table, parallel::Fla
       }
     }
   }
-  return result;
 }
 
 /// A safetensors file of slices, and what the manifest says about them.
@@ -200,6 +198,13 @@ std::vector<TensorBlock> blocks_of_range(const std::vector<std::int64_t>& shape,
 void write_checkpoint(const std::string& root, const CheckpointInfo& info,
                       const model::ParameterTable& table, parallel::FlatRange range,
                       const std::vector<ShardState>& states, int keep, comm::Communicator group) {
+  write_checkpoint(root, info, {{.table = table, .range = range, .states = states}}, keep,
+                   std::move(group));
+}
+
+void write_checkpoint(const std::string& root, const CheckpointInfo& info,
+                      const std::vector<CheckpointPart>& parts, int keep,
+                      comm::Communicator group) {
   const std::string name = fmt::format("step-{:08d}", info.step);
   const std::string target = fmt::format("{}/{}", root, name);
   const std::string temporary = fmt::format("{}/.{}.writing", root, name);
@@ -219,9 +224,9 @@ void write_checkpoint(const std::string& root, const CheckpointInfo& info,
   std::string listing;
   try {
     const auto own = static_cast<std::size_t>(group.rank());
-    listing =
-        write_slices(fmt::format("{}/{}", temporary, file_name(own)), cut(table, range, states))
-            .dump();
+    std::vector<OutgoingSlice> slices;
+    for (const CheckpointPart& part : parts) cut(part, slices);
+    listing = write_slices(fmt::format("{}/{}", temporary, file_name(own)), slices).dump();
   } catch (const std::exception&) {
     failure = detail::current_failure();
   }

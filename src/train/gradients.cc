@@ -1,6 +1,7 @@
 #include "meshloom/train/gradients.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <fmt/format.h>
 
@@ -14,7 +15,8 @@
 #include "meshloom/model/safetensors.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/zero1.h"
+#include "meshloom/parallel/expert_dispatcher.h"
+#include "meshloom/parallel/stage_state.h"
 #include "meshloom/plan/strategy.h"
 #include "train/internal/collective.h"
 #include "train/internal/setup.h"
@@ -82,20 +84,30 @@ GradientsResult gradients(const GradientsOptions& options,
   const detail::Hosts hosts = detail::find_hosts(world);
   std::optional<detail::LocalFailure> failure;
   std::shared_ptr<model::Stage> stage;
-  std::unique_ptr<parallel::Zero1> state;
+  std::unique_ptr<parallel::StageState> state;
   std::unique_ptr<model::BalanceLoss> balance;
   model::ModelConfig config;
   std::string plan_text;
   Layout layout;
+  at::Device device(at::kCPU);
   try {
     layout = detail::resolve_layout(options.layout, world.size(), kGradientsWhere);
-    const at::Device device = detail::parse_device(options.device, hosts.local_rank);
+    device = detail::parse_device(options.device, hosts.local_rank);
     config = model::ModelConfig::load(options.model + "/config.json");
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  detail::agree(world, kGradientsWhere, failure);
+  const std::optional<parallel::ExpertParallel> experts =
+      parallel::make_expert_parallel(world, layout, config.moe.experts);
+  try {
     stage = model::build_stage(config, {0, config.layers}, true, true);
-    state = std::make_unique<parallel::Zero1>(stage->parameters(), world,
-                                              detail::parse_dtype_name(options.dtype), device);
-    at::Tensor values = state->values();
+    state = std::make_unique<parallel::StageState>(stage->parameters(), world, experts,
+                                                   detail::parse_dtype_name(options.dtype), device);
+    at::Tensor values =
+        at::empty({stage->parameters().elements}, at::TensorOptions().dtype(state->compute()));
     model::load_pretrained(options.model, config, stage->parameters(), values);
+    state->assign(values);
     if (options.aux_loss) {
       balance = model::make_balance_loss("global", config.moe.aux_loss_coefficient, config);
     }
@@ -125,7 +137,8 @@ GradientsResult gradients(const GradientsOptions& options,
   };
   parallel::ExecutorOptions executor_options;
   executor_options.record_spans = false;
-  parallel::Executor executor(stage, world, executor_options);
+  parallel::Executor executor(stage, world, executor_options, parallel::make_exchange,
+                              parallel::make_dispatcher_factory(experts));
   const auto sum = [&](at::Tensor& counts) {
     world.all_reduce_(counts, comm::ReduceOp::kSum, {.timeout = std::nullopt, .purpose = "balance"})
         .wait();
@@ -139,7 +152,7 @@ GradientsResult gradients(const GradientsOptions& options,
   }
   const parallel::StepOutcome outcome =
       executor.run(result.plan, program, load, *state, balance.get(), [] {});
-  state->reduce_to_all();
+  const at::Tensor summed = state->whole_gradients();
   if (balance) balance->end_step(sum);
 
   for (const std::vector<double>& rank :
@@ -149,8 +162,8 @@ GradientsResult gradients(const GradientsOptions& options,
   }
   result.loss =
       result.loss / static_cast<double>(result.plan.total_loss_tokens()) + result.aux_loss;
-  for (auto& [name, gradient] : model::views_like_checkpoint(
-           options.model, config, stage->parameters(), state->gradients())) {
+  for (auto& [name, gradient] :
+       model::views_like_checkpoint(options.model, config, stage->parameters(), summed)) {
     result.names.push_back(name);
     result.gradients.push_back(gradient.cpu().clone());
   }

@@ -81,9 +81,10 @@ Layout resolve_layout(Layout layout, int world_size, const char* where) {
     throw InvalidArgument(where, fmt::format("layout {} needs {} ranks, the world has {}",
                                              layout.to_string(), layout.world_size(), world_size));
   }
-  if (layout.tp > 1 || layout.pp > 1 || layout.ep > 1 || layout.chunks > 1) {
-    throw NotSupported(where,
-                       fmt::format("layout {}: only the hdp axis is built", layout.to_string()));
+  if (layout.tp > 1 || layout.pp > 1 || layout.chunks > 1) {
+    throw NotSupported(where, fmt::format("layout {}: tp, pp and chunks above 1 are not built; hdp "
+                                          "and ep are",
+                                          layout.to_string()));
   }
   return layout;
 }

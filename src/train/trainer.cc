@@ -89,6 +89,7 @@ void Trainer::Impl::on_rank_0(const char* where, const std::function<void()>& bo
 }
 
 void Trainer::Impl::save_pretrained(const std::string& folder) {
+  const at::Tensor values = state_->whole_values();
   on_rank_0("train.save_pretrained", [&] {
     const std::filesystem::path target = std::filesystem::path(folder).lexically_normal();
     const std::filesystem::path base = target.has_filename() ? target : target.parent_path();
@@ -101,9 +102,8 @@ void Trainer::Impl::save_pretrained(const std::string& folder) {
       std::filesystem::remove_all(old);
       std::filesystem::create_directories(temporary);
       model::SaveOptions options;
-      options.dtype = state_->values().scalar_type();
-      model::save_pretrained(temporary.string(), model_, stage_->parameters(), state_->values(),
-                             options);
+      options.dtype = state_->compute();
+      model::save_pretrained(temporary.string(), model_, stage_->parameters(), values, options);
       if (std::filesystem::exists(base)) std::filesystem::rename(base, old);
       std::filesystem::rename(temporary, base);
       std::filesystem::remove_all(old);

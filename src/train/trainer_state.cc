@@ -78,6 +78,13 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
     hosts_ = detail::find_hosts(world_);
     Failure failure;
     try {
+      resolve();
+    } catch (const std::exception&) {
+      failure = detail::current_failure();
+    }
+    agree(kStateWhere, failure);
+    experts_ = parallel::make_expert_parallel(world_, config_.layout, model_.moe.experts);
+    try {
       build(std::move(strategy));
     } catch (const std::exception&) {
       failure = detail::current_failure();
@@ -97,7 +104,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
   });
 }
 
-void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
+void Trainer::Impl::resolve() {
   config_.layout = detail::resolve_layout(config_.layout, world_.size(), kStateWhere);
   config_.resolve(world_.size());
   if (config_.deterministic && !world_.deterministic()) {
@@ -112,14 +119,21 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   at::set_num_threads(config_.threads);
   device_ = detail::parse_device(config_.device, hosts_.local_rank);
+}
+
+void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   const c10::DeviceGuard guard(device_);
 
   stage_ = model::build_stage(model_, {0, model_.layers}, true, true);
-  state_ = std::make_unique<parallel::Zero1>(stage_->parameters(), world_,
-                                             detail::parse_dtype_name(config_.dtype), device_);
+  state_ = std::make_unique<parallel::StageState>(stage_->parameters(), world_, experts_,
+                                                  detail::parse_dtype_name(config_.dtype), device_);
   initialize_weights();
-  optimizer_ = std::make_unique<AdamW>(stage_->parameters(), state_->own_range(), state_->master(),
-                                       config_.optimizer, config_.rules);
+  const std::vector<ParameterSetting> settings =
+      parameter_settings(stage_->parameters(), config_.optimizer, config_.rules);
+  for (const parallel::StageState::Part& part : state_->parts()) {
+    optimizers_.emplace_back(part.table, part.zero.own_range(), part.zero.master(),
+                             config_.optimizer, settings);
+  }
   const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
                                                                 : config_.aux_loss_coefficient;
   if (model_.moe.experts > 0 && coefficient > 0.0) {
@@ -127,7 +141,8 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
-  executor_ = std::make_unique<parallel::Executor>(stage_, world_, options);
+  executor_ = std::make_unique<parallel::Executor>(stage_, world_, options, parallel::make_exchange,
+                                                   parallel::make_dispatcher_factory(experts_));
 
   if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));
   fit_costs_ = !config_.cost && !config_.deterministic;
@@ -143,21 +158,33 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
 }
 
 void Trainer::Impl::initialize_weights() {
-  const model::ParameterTable& table = stage_->parameters();
   // Masters take the full precision of the source, not of the compute dtype.
-  at::Tensor full = at::empty({table.elements}, state_->master().scalar_type());
-  if (config_.model.path.empty()) {
-    model::initialize_(full, table, model_.initializer_range, config_.seed);
-  } else {
+  const at::ScalarType type = state_->parts().front().zero.master().scalar_type();
+  if (!config_.model.path.empty()) {
+    const model::ParameterTable& table = stage_->parameters();
+    at::Tensor full = at::empty({table.elements}, type);
     model::load_pretrained(config_.model.path, model_, table, full);
+    state_->assign(full);
+    return;
   }
-  state_->assign(full);
+  for (parallel::StageState::Part& part : state_->parts()) {
+    at::Tensor full = at::empty({part.table.elements}, type);
+    model::initialize_(full, part.table, model_.initializer_range, config_.seed);
+    part.zero.assign(full);
+  }
 }
 
-std::vector<ShardState> Trainer::Impl::shard_states() const {
-  return {{.name = "master", .values = state_->master()},
-          {.name = "exp_avg", .values = optimizer_->exp_avg()},
-          {.name = "exp_avg_sq", .values = optimizer_->exp_avg_sq()}};
+std::vector<CheckpointPart> Trainer::Impl::shard_states() const {
+  std::vector<CheckpointPart> result;
+  for (std::size_t i = 0; i < optimizers_.size(); ++i) {
+    const parallel::StageState::Part& part = state_->parts()[i];
+    result.push_back({.table = part.table,
+                      .range = part.zero.own_range(),
+                      .states = {{.name = "master", .values = part.zero.master()},
+                                 {.name = "exp_avg", .values = optimizers_[i].exp_avg()},
+                                 {.name = "exp_avg_sq", .values = optimizers_[i].exp_avg_sq()}}});
+  }
+  return result;
 }
 
 CheckpointInfo Trainer::Impl::checkpoint_info() const {
@@ -170,7 +197,7 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
                 {"balance", balance_ ? tensor_text(balance_->state()) : std::string()}};
   const CostModel& cost = cost_fit_.model();
   info.numbers = {{"seed", static_cast<double>(config_.seed)},
-                  {"updates", static_cast<double>(optimizer_->updates())},
+                  {"updates", static_cast<double>(optimizers_.front().updates())},
                   {"tokens_seen", tokens_seen_},
                   {"skipped_steps", static_cast<double>(skipped_steps_)},
                   {"cost.quadratic", cost.quadratic},
@@ -183,8 +210,8 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
 void Trainer::Impl::save_checkpoint() {
   prepare_folder();
   agreed_ = true;  // write_checkpoint fails on all ranks alike
-  write_checkpoint(checkpoints(), checkpoint_info(), stage_->parameters(), state_->own_range(),
-                   shard_states(), config_.checkpoint.keep, world_);
+  write_checkpoint(checkpoints(), checkpoint_info(), shard_states(), config_.checkpoint.keep,
+                   world_);
   agreed_ = false;
   saved_step_ = next_step_;
   saved_at_ = Clock::now();
@@ -202,7 +229,9 @@ void Trainer::Impl::restore(const CheckpointInfo& info) {
     const auto found = info.texts.find(name);
     return found == info.texts.end() ? std::string() : found->second;
   };
-  optimizer_->set_updates(static_cast<std::int64_t>(number("updates")));
+  for (AdamW& optimizer : optimizers_) {
+    optimizer.set_updates(static_cast<std::int64_t>(number("updates")));
+  }
   tokens_seen_ = number("tokens_seen");
   skipped_steps_ = static_cast<std::int64_t>(number("skipped_steps"));
   if (!config_.cost) {
@@ -224,9 +253,11 @@ bool Trainer::Impl::try_resume(const std::string& folder, Failure& failure) {
   failure.reset();
   try {
     const CheckpointReader reader(folder);
-    for (const ShardState& state : shard_states()) {
-      at::Tensor values = state.values;
-      reader.read(stage_->parameters(), state_->own_range(), state.name, values);
+    for (const CheckpointPart& part : shard_states()) {
+      for (const ShardState& state : part.states) {
+        at::Tensor values = state.values;
+        reader.read(part.table, part.range, state.name, values);
+      }
     }
     restore(reader.info());
   } catch (const std::exception&) {

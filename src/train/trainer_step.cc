@@ -47,6 +47,10 @@ std::vector<std::size_t> unit_offsets(const plan::StepPlan& plan) {
   return offsets;
 }
 
+bool finite_gradients(const parallel::StageState::Part& part) {
+  return at::isfinite(part.zero.gradients()).all().item<bool>();
+}
+
 std::int64_t exchange_sent(const comm::Communicator& world) {
   const comm::Traffic traffic = world.traffic();
   const auto found = traffic.find("exchange");
@@ -105,11 +109,14 @@ void Trainer::Impl::count_routing(const plan::Program& program,
 }
 
 void Trainer::Impl::update(Update& result) {
-  at::Tensor gradient = state_->shard_gradient();
+  double own = 0.0;
+  for (std::size_t i = 0; i < optimizers_.size(); ++i) {
+    own += optimizers_[i].squared_norm(state_->parts()[i].zero.shard_gradient());
+  }
   double squares = 0.0;
-  // Summed in rank order on every rank: the same norm everywhere, whatever the backend.
-  for (const std::vector<double>& rank :
-       detail::gather_numbers(world_, {optimizer_->squared_norm(gradient)})) {
+  // Shards cover every parameter once. Summed in rank order on every rank: the same norm
+  // everywhere, whatever the backend.
+  for (const std::vector<double>& rank : detail::gather_numbers(world_, {own})) {
     squares += rank[0];
   }
   result.norm = std::sqrt(squares);
@@ -119,7 +126,29 @@ void Trainer::Impl::update(Update& result) {
   if (!result.finite) return;
   const double clip = config_.clip_norm;
   const bool clips = clip > 0.0 && result.norm + kClipEpsilon > clip;
-  optimizer_->step(gradient, factor, clips ? clip / (result.norm + kClipEpsilon) : 1.0);
+  const double scale = clips ? clip / (result.norm + kClipEpsilon) : 1.0;
+  for (std::size_t i = 0; i < optimizers_.size(); ++i) {
+    at::Tensor gradient = state_->parts()[i].zero.shard_gradient();
+    optimizers_[i].step(gradient, factor, scale);
+  }
+}
+
+std::string Trainer::Impl::describe_unit(std::size_t index, const plan::Unit& unit,
+                                         const data::StepMembership& membership) const {
+  std::vector<std::string> samples;
+  constexpr std::size_t kShown = 4;
+  for (const std::int64_t id : unit.samples) {
+    if (samples.size() == kShown) {
+      samples.push_back(fmt::format("... {} in all", unit.samples.size()));
+      break;
+    }
+    for (std::size_t i = 0; i < membership.samples.size(); ++i) {
+      if (membership.samples[i].id != id) continue;
+      samples.push_back(fmt::format("{} ({})", id, loader_->describe(membership.refs.at(i))));
+    }
+  }
+  return fmt::format("unit {} (ranks {}), samples {}", index, fmt::join(unit.ranks, ","),
+                     fmt::join(samples, ", "));
 }
 
 void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrder& order,
@@ -129,6 +158,7 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
   enum : int { kNone = -1 };
   double slot = kNone;
   double unit = kNone;
+  double experts_slot = kNone;
   for (const parallel::UnitOutcome& entry : outcome.units) {
     if (std::isfinite(entry.loss_sum)) continue;
     slot = entry.slot;
@@ -136,6 +166,7 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
     break;
   }
   const char* what = "loss";
+  bool of_experts = false;
   std::vector<std::vector<double>> found = detail::gather_numbers(world_, {slot, unit});
   const auto none = [&] {
     return std::all_of(found.begin(), found.end(), [](const auto& rank) { return rank[0] < 0; });
@@ -147,12 +178,18 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
       const plan::Program part = only_slot(program, s);
       if (!part.instructions.empty()) {
         static_cast<void>(executor_->run(order.plan, part, load, *state_, nullptr, [] {}));
-        if (!at::isfinite(state_->gradients()).all().item<bool>()) {
+        const bool idle = part.instructions.front().unit < 0;
+        if (!idle && !finite_gradients(state_->parts().front())) {
           slot = s;
           unit = part.instructions.front().unit;
+        } else if (!finite_gradients(state_->parts().back())) {
+          experts_slot = s;  // tokens of any unit that its group met
         }
       }
       found = detail::gather_numbers(world_, {slot, unit});
+      if (!none()) break;
+      found = detail::gather_numbers(world_, {experts_slot, kNone});
+      of_experts = !none();
     }
   }
   std::size_t blamed = found.size();
@@ -168,26 +205,23 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
         next_step_);
   } else {
     const auto at_slot = static_cast<std::size_t>(found[blamed][0]);
-    const auto at_unit = static_cast<std::size_t>(found[blamed][1]);
-    const plan::Unit& guilty = order.plan.slots.at(at_slot).units.at(at_unit);
-    std::vector<std::string> samples;
-    constexpr std::size_t kShown = 4;
-    for (const std::int64_t id : guilty.samples) {
-      if (samples.size() == kShown) {
-        samples.push_back(fmt::format("... {} in all", guilty.samples.size()));
-        break;
+    const std::vector<plan::Unit>& units = order.plan.slots.at(at_slot).units;
+    std::vector<std::string> guilty;
+    if (of_experts) {
+      what = "gradient of the experts";
+      const int group = static_cast<int>(blamed) / config_.layout.ep;
+      for (std::size_t u = 0; u < units.size(); ++u) {
+        if (std::any_of(units[u].ranks.begin(), units[u].ranks.end(),
+                        [&](int rank) { return rank / config_.layout.ep == group; })) {
+          guilty.push_back(describe_unit(u, units[u], order.membership));
+        }
       }
-      for (std::size_t i = 0; i < order.membership.samples.size(); ++i) {
-        if (order.membership.samples[i].id != id) continue;
-        samples.push_back(
-            fmt::format("{} ({})", id, loader_->describe(order.membership.refs.at(i))));
-      }
+    } else {
+      const auto at_unit = static_cast<std::size_t>(found[blamed][1]);
+      guilty.push_back(describe_unit(at_unit, units.at(at_unit), order.membership));
     }
-    message = fmt::format(
-        "step {}: NaN or Inf in the {} on rank {}, slot {}, unit {} (ranks {}), "
-        "samples {}",
-        next_step_, what, blamed, at_slot, at_unit, fmt::join(guilty.ranks, ","),
-        fmt::join(samples, ", "));
+    message = fmt::format("step {}: NaN or Inf in the {} on rank {}, slot {}, {}", next_step_, what,
+                          blamed, at_slot, fmt::join(guilty, "; or "));
   }
   if (config_.nan_policy == "stop") {
     agreed_ = true;
@@ -242,6 +276,9 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
       busy_all += length;
     } else if (span.kind == Kind::kWait) {
       wait[index] += length;
+      busy[index] -= length;
+      busy_all -= length;
+    } else if (span.kind == Kind::kDispatch) {
       busy[index] -= length;
       busy_all -= length;
     }
@@ -373,7 +410,8 @@ double Trainer::Impl::evaluate() {
       plan::compile_rank(order.plan, {.layers = static_cast<int>(model_.layers)}, world_.rank()));
   parallel::ExecutorOptions options;
   options.record_spans = false;
-  parallel::Executor evaluator(stage_, world_, options);
+  parallel::Executor evaluator(stage_, world_, options, parallel::make_exchange,
+                               parallel::make_dispatcher_factory(experts_));
   const parallel::StepOutcome outcome =
       evaluator.evaluate(order.plan, program, sample_loader(order.membership), *state_);
   double loss = 0.0;

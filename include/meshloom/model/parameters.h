@@ -21,6 +21,7 @@ struct MESHLOOM_API ParameterSpec {
   bool decay = true;        ///< weight decay by default (not for norms, biases, embeddings)
   bool ones = false;        ///< initialised to one (norm weights); biases to zero; else normal
   bool zeros = false;
+  std::int64_t expert = -1;  ///< which routed expert it belongs to; -1: none
   [[nodiscard]] std::int64_t elements() const;
 };
 
@@ -70,7 +71,8 @@ parameter_table(const ModelConfig& config, std::pair<std::int64_t, std::int64_t>
 class MESHLOOM_API ParameterSource {
  public:
   virtual ~ParameterSource();
-  /// The weights, valid until `release`. @returns handle.shape, compute dtype.
+  /// The weights, valid until `release`. @returns handle.shape, compute dtype; of routed experts
+  /// (handle.shape[0] of them) only those that this rank holds, in their order.
   virtual at::Tensor acquire(const ParameterHandle& handle) = 0;
   virtual void release(const ParameterHandle& handle) = 0;
 };
@@ -85,7 +87,7 @@ class MESHLOOM_API WeightGradSink {
   /// grad += dy^T x. @param dy [T, out] @param x [T, in]; handle.shape = [out, in].
   virtual void linear(const ParameterHandle& handle, const at::Tensor& dy, const at::Tensor& x) = 0;
   /// grad[e] += dy[rows of e]^T x[rows of e]; rows sorted by expert. handle.shape = [E, out, in].
-  /// @param rows  rows of each expert, [E].
+  /// @param rows  rows of each expert that this rank holds, [E] where it holds all.
   virtual void grouped_linear(const ParameterHandle& handle, const at::Tensor& dy,
                               const at::Tensor& x, const std::vector<std::int64_t>& rows) = 0;
   /// grad[ids[t]] += dy[t]. handle.shape = [vocab, hidden].

@@ -13,7 +13,9 @@ namespace meshloom::model {
 struct DispatchedTokens {
   at::Tensor rows;  ///< [R, hidden], sorted by expert; undefined once dropped, see keeps_rows()
   std::vector<std::int64_t> expert_rows;  ///< [local experts], sums to R
-  at::Tensor source;  ///< int64 [R]: t * k + j of the (token, choice) pair of each row
+  /// int64: the dispatcher's own notes, saved for backward. LocalDispatcher: [R], t * k + j of the
+  /// (token, choice) pair of each row.
+  at::Tensor source;
 };
 
 /// What combine leaves for the experts' backward.

@@ -9,6 +9,8 @@
 #include "meshloom/core/export.h"
 #include "meshloom/model/router_balance.h"
 #include "meshloom/model/stage.h"
+#include "meshloom/model/token_dispatcher.h"
+#include "meshloom/parallel/parameter_state.h"
 #include "meshloom/parallel/ring_exchange.h"
 #include "meshloom/parallel/sample_batch.h"
 #include "meshloom/parallel/span.h"
@@ -53,6 +55,9 @@ using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
     const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
     std::shared_ptr<ExchangeBuffers> buffers = {});
 
+/// Makes the token dispatcher of one micro-batch.
+using DispatcherFactory = std::function<std::unique_ptr<model::TokenDispatcher>(SpanSink spans)>;
+
 /// Interpreter of Programs on tensors, for one rank: a table from instruction to action, and the
 /// micro-batches in flight. The optimizer update is the caller's (`on_step`). Every call that it
 /// makes carries step, instruction, slot, unit and samples in the flight recorder. Not thread safe.
@@ -60,8 +65,10 @@ class MESHLOOM_API Executor {
  public:
   /// @param stage  the model chunk of this rank; the caller may share it with other executors
   /// @param hdp    communicator over the HDP axis
+  /// @param dispatcher  none: every rank holds all experts; plans with ep > 1 are then refused
   Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp,
-           ExecutorOptions options = {}, ExchangeFactory exchange = make_exchange);
+           ExecutorOptions options = {}, ExchangeFactory exchange = make_exchange,
+           DispatcherFactory dispatcher = {});
   ~Executor();
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
@@ -79,13 +86,13 @@ class MESHLOOM_API Executor {
   ///   aborted with that text, gradients are undefined, parameters are those before the step unless
   ///   kStep had begun.
   StepOutcome run(const plan::StepPlan& plan, const plan::Program& program,
-                  const SampleLoader& load, Zero1& state, model::RouterBalance* balance,
+                  const SampleLoader& load, ParameterState& state, model::RouterBalance* balance,
                   const std::function<void()>& on_step);
 
   /// Forward passes of `program` alone: nothing is saved, summed or updated. Collective.
   /// @param balance  observes routing, e.g. for a counting pass; may be null
   StepOutcome evaluate(const plan::StepPlan& plan, const plan::Program& program,
-                       const SampleLoader& load, Zero1& state,
+                       const SampleLoader& load, ParameterState& state,
                        model::RouterBalance* balance = nullptr);
 
  private:

@@ -16,6 +16,7 @@ struct Span {
     kBackward,
     kExchange,  ///< keys and values in flight, from posting to arrival; overlaps computation
     kWait,      ///< the part of an exchange that computation did not hide
+    kDispatch,  ///< waiting for tokens on their way to experts or back
     kReduce,
     kStep,
   };

@@ -9,6 +9,7 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/parameters.h"
+#include "meshloom/parallel/parameter_state.h"
 
 namespace meshloom::parallel {
 
@@ -19,18 +20,22 @@ struct FlatRange {
   [[nodiscard]] std::int64_t size() const { return end - begin; }
 };
 
-/// ZeRO-1 over the HDP axis [BS 5.1]: parameters and gradients are replicated, the optimizer's
-/// masters and moments are sharded. Owns the flat buffers of one stage on one rank.
+/// ZeRO-1 over one group of replicas [BS 5.1], the HDP axis or those who hold the same experts:
+/// parameters and gradients are replicated, the optimizer's masters and moments are sharded. Owns
+/// the flat buffers of one rank.
 ///
 /// A step is: zero_gradients, any number of backwards into `parameters()`, reduce (collective),
 /// an update of `master()` by whoever optimises, gather (collective).
-class MESHLOOM_API Zero1 {
+class MESHLOOM_API Zero1 final : public ParameterState {
  public:
   /// @param compute  dtype of values: fp32, bf16, fp64. Masters and gradients are max(fp32, it).
   Zero1(const model::ParameterTable& table, comm::Communicator group, at::ScalarType compute,
         at::Device device);
 
   [[nodiscard]] model::FlatParameters& parameters() { return parameters_; }
+  [[nodiscard]] model::ParameterSource& source() override { return parameters_; }
+  [[nodiscard]] model::WeightGradSink& sink() override { return parameters_; }
+  [[nodiscard]] at::Device device() const override { return values().device(); }
   [[nodiscard]] const at::Tensor& values() const { return parameters_.values(); }
   [[nodiscard]] const at::Tensor& gradients() const { return parameters_.gradients(); }
 
@@ -44,13 +49,13 @@ class MESHLOOM_API Zero1 {
   /// Summed gradient of the own range after `reduce`.
   [[nodiscard]] const at::Tensor& shard_gradient() const { return shard_gradient_; }
 
-  void zero_gradients();
+  void zero_gradients() override;
   /// Sums gradients over the group, each rank keeping its range. Collective.
-  void reduce();
+  void reduce() override;
   /// Sums gradients over the group into `gradients()` on every rank. Collective.
   void reduce_to_all();
   /// Own masters to compute dtype, then to all ranks. Collective.
-  void gather();
+  void gather() override;
   /// After writing `values()` from outside (initialisation, loading): takes the own masters from a
   /// full-precision source.
   /// @param full  [elements], any float dtype

@@ -38,6 +38,11 @@ class MESHLOOM_API AdamW {
   /// @param master  [range.size()], fp32 or fp64; updated in place by `step`
   AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
         const AdamWOptions& options, const std::vector<ParameterRule>& rules);
+  /// @param settings  by name, of every parameter of the table at least: of the whole model where
+  ///   `table` is a part of it
+  /// @throws InvalidArgument  a parameter of the table has no setting.
+  AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
+        const AdamWOptions& options, const std::vector<ParameterSetting>& settings);
 
   /// Sum of squares over the trained elements of `gradient`, accumulated in fp64 in a fixed order.
   /// @param gradient  [range.size()]

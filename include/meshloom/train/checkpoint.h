@@ -35,6 +35,13 @@ struct ShardState {
   at::Tensor values;  ///< [range.size()], contiguous
 };
 
+/// What one rank holds of one set of parameters.
+struct CheckpointPart {
+  const model::ParameterTable& table;  ///< of this part alone, under the model's names
+  parallel::FlatRange range;           ///< in the part's flat space
+  std::vector<ShardState> states;
+};
+
 /// Everything of a checkpoint but its tensors.
 struct CheckpointInfo {
   std::int64_t step = 0;                     ///< steps completed
@@ -50,9 +57,13 @@ struct CheckpointInfo {
 /// folder, synced to disk; then rank 0 writes the manifest and renames the folder. Older
 /// checkpoints beyond `keep` (0: none) are removed at the very end. `root` is one folder that all
 /// ranks see. Collective.
-/// @param range  this rank's part of the table's flat space; parts of all ranks cover it once
+/// @param parts  what this rank holds; the parts of all ranks cover every parameter once
 /// @throws IoError  on all ranks alike, naming rank and file; earlier checkpoints are untouched
 ///   and nothing of this one is left, the group stays usable.
+MESHLOOM_API void write_checkpoint(const std::string& root, const CheckpointInfo& info,
+                                   const std::vector<CheckpointPart>& parts, int keep,
+                                   comm::Communicator group);
+/// The same where all parameters are one part. @param range  of this rank
 MESHLOOM_API void write_checkpoint(const std::string& root, const CheckpointInfo& info,
                                    const model::ParameterTable& table, parallel::FlatRange range,
                                    const std::vector<ShardState>& states, int keep,

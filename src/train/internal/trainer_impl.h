@@ -14,7 +14,8 @@
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/zero1.h"
+#include "meshloom/parallel/expert_dispatcher.h"
+#include "meshloom/parallel/stage_state.h"
 #include "meshloom/train/adamw.h"
 #include "meshloom/train/checkpoint.h"
 #include "meshloom/train/trainer.h"
@@ -74,13 +75,14 @@ class Trainer::Impl {
   };
 
   // Construction and state.
+  void resolve();
   void build(std::shared_ptr<plan::BalanceStrategy> strategy);
   void initialize_weights();
   void resume();
   bool try_resume(const std::string& folder, Failure& failure);
   void restore(const CheckpointInfo& info);
   [[nodiscard]] CheckpointInfo checkpoint_info() const;
-  [[nodiscard]] std::vector<ShardState> shard_states() const;
+  [[nodiscard]] std::vector<CheckpointPart> shard_states() const;
   [[nodiscard]] std::string checkpoints() const { return config_.run + "/checkpoints"; }
   void prepare_folder();
 
@@ -89,6 +91,8 @@ class Trainer::Impl {
   [[nodiscard]] parallel::SampleLoader sample_loader(const data::StepMembership& members) const;
   void count_routing(const plan::Program& program, const parallel::SampleLoader& load);
   void update(Update& result);
+  [[nodiscard]] std::string describe_unit(std::size_t index, const plan::Unit& unit,
+                                          const data::StepMembership& membership) const;
   void diagnose(const plan::Program& program, const detail::StepOrder& order,
                 const parallel::StepOutcome& outcome, StepMetrics& metrics);
   void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
@@ -111,8 +115,9 @@ class Trainer::Impl {
   detail::Hosts hosts_;
   at::Device device_{at::kCPU};
   std::shared_ptr<model::Stage> stage_;
-  std::unique_ptr<parallel::Zero1> state_;
-  std::unique_ptr<AdamW> optimizer_;
+  std::optional<parallel::ExpertParallel> experts_;  ///< none for ep = 1
+  std::unique_ptr<parallel::StageState> state_;
+  std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
   std::unique_ptr<model::BalanceLoss> balance_;
   std::unique_ptr<parallel::Executor> executor_;
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0

@@ -91,7 +91,8 @@ TEST(Executor, LayoutsThatAreNotBuiltAreRefusedByName) {
   };
   refused([](auto& plan) { plan.layout.tp = 2; }, "tensor parallelism (tp) is not built");
   refused([](auto& plan) { plan.layout.pp = 2; }, "pipeline parallelism (pp) is not built");
-  refused([](auto& plan) { plan.layout.ep = 2; }, "expert parallelism (ep) is not built");
+  refused([](auto& plan) { plan.layout.ep = 2; },
+          "expert parallelism (ep) without a dispatcher is not built");
   refused([](auto& plan) { plan.layout.chunks = 2; }, "more than one model chunk");
   refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
   refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kRingUlysses; },

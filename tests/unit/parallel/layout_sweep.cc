@@ -12,6 +12,8 @@
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
+#include "meshloom/parallel/expert_dispatcher.h"
+#include "meshloom/parallel/stage_state.h"
 #include "meshloom/plan/verifier.h"
 
 namespace meshloom::parallel::sweep {
@@ -88,9 +90,10 @@ SampleLoader loader_of(const std::vector<model::Document>& documents) {
   };
 }
 
-plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int ranks) {
+plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int ranks, int ep) {
   plan::PlanProblem problem;
   problem.layout.hdp = ranks;
+  problem.layout.ep = ep;
   problem.capacity_tokens = kCapacity;
   for (const auto& document : documents) {
     std::int64_t targets = 0;
@@ -130,11 +133,12 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   const auto& program = programs[static_cast<std::size_t>(hdp.rank())];
   std::shared_ptr<model::Stage> stage = model::build_stage(config, {0, config.layers}, true, true);
   const auto& table = stage->parameters();
-  Zero1 state(table, hdp, setting.dtype, at::kCPU);
+  const auto experts = make_expert_parallel(hdp, plan.layout, config.moe.experts);
+  StageState state(table, hdp, experts, setting.dtype, at::kCPU);
   state.assign(initial_values(config, table, setting.dtype));
   ExecutorOptions options;
   options.z_loss_coefficient = setting.z_loss;
-  Executor executor(stage, hdp, options);
+  Executor executor(stage, hdp, options, make_exchange, make_dispatcher_factory(experts));
 
   const auto load = loader_of(documents);
   const auto sum = [&](at::Tensor& counts) { hdp.all_reduce_(counts).wait(); };
@@ -155,8 +159,9 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   const auto outcome = executor.run(plan, program, load, state, balance.get(), [] {});
   if (balance) balance->end_step(sum);
   // gradients() still holds this rank's own sums; the shard, all ranks'.
-  const auto shard = state.shard_gradient().clone();
-  state.reduce_to_all();
+  std::vector<at::Tensor> shards;
+  for (const auto& part : state.parts()) shards.push_back(part.zero.shard_gradient().clone());
+  const auto gradients = state.whole_gradients();
 
   std::ostringstream wrong;
   const double parity = setting.dtype == at::kDouble ? kParity : kSingleParity;
@@ -172,12 +177,15 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   if (step.balance_state.defined() && !balance->state().equal(step.balance_state)) {
     wrong << "the balance loss takes another state to the next step; ";
   }
-  const auto own = state.own_range();
-  if (!shard.equal(state.gradients().narrow(0, own.begin, own.size()))) {
-    wrong << "reduce and reduce_to_all differ; ";
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    const auto& zero = state.parts()[i].zero;
+    const auto own = zero.own_range();
+    if (!shards[i].equal(zero.gradients().narrow(0, own.begin, own.size()))) {
+      wrong << "reduce and reduce_to_all differ; ";
+    }
   }
   for (const auto& spec : table.parameters) {
-    const auto a = state.gradients().narrow(0, spec.offset, spec.elements());
+    const auto a = gradients.narrow(0, spec.offset, spec.elements());
     const auto b = step.gradients.narrow(0, spec.offset, spec.elements());
     const double largest = b.abs().max().item<double>();
     const double error = a.sub(b).abs().max().item<double>();

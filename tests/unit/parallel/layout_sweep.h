@@ -35,8 +35,8 @@ extern const char* const kDense;    ///< Llama, tied, three heads on one key-val
 
 [[nodiscard]] SampleLoader loader_of(const std::vector<model::Document>& documents);
 
-[[nodiscard]] plan::PlanProblem problem_of(const std::vector<model::Document>& documents,
-                                           int ranks);
+[[nodiscard]] plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int ranks,
+                                           int ep = 1);
 
 struct Setting {
   const char* config = kMoe;

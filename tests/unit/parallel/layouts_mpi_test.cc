@@ -16,12 +16,13 @@ namespace {
 std::optional<comm::Communicator> mpi_world;  // tests take no arguments
 
 /// The step on the first `ranks` processes, the others idle.
-void expect_equal(const Setting& setting, const char* strategy, int ranks) {
-  SCOPED_TRACE(std::string(strategy) + ", " + std::to_string(ranks) + " ranks");
+void expect_equal(const Setting& setting, const char* strategy, int ranks, int ep = 1) {
+  SCOPED_TRACE(std::string(strategy) + ", " + std::to_string(ranks) + " ranks, ep " +
+               std::to_string(ep));
   auto hdp = mpi_world->split(mpi_world->rank() < ranks ? 0 : -1, mpi_world->rank(), "hdp");
   if (!hdp) return;
   const auto texts = documents(ranks, model::ModelConfig::from_json(setting.config).vocab_size);
-  const auto plan = plan::make_plan(problem_of(texts, ranks), strategy);
+  const auto plan = plan::make_plan(problem_of(texts, ranks, ep), strategy);
   EXPECT_EQ(run_and_compare(setting, plan, texts, solve_alone(setting, texts), *hdp), "")
       << "rank " << hdp->rank() << " of " << hdp->size();
 }
@@ -37,6 +38,14 @@ TEST(LayoutsMpi, EveryStrategyEqualsOneRank) {
 TEST(LayoutsMpi, EveryRankCountEqualsOneRank) {
   for (int ranks = 1; ranks < mpi_world->size(); ++ranks) {
     expect_equal({.config = kMixtral}, "balanced", ranks);
+  }
+}
+
+TEST(LayoutsMpi, ExpertParallelismEqualsOneRank) {
+  for (int ep = 2; ep <= mpi_world->size(); ep *= 2) {
+    for (const char* config : {kMoe, kMixtral}) {
+      expect_equal({.config = config, .balance = "sequence"}, "balanced", mpi_world->size(), ep);
+    }
   }
 }
 

@@ -99,6 +99,21 @@ TEST(Layouts, BalanceAndZLossesEqualOneRank) {
   }
 }
 
+TEST(Layouts, ExpertParallelismEqualsOneRank) {
+  for (const char* config : {kMoe, kMixtral}) {
+    for (const char* form : {"none", "sequence", "global", "global_lagged"}) {
+      const Setting setting{.config = config, .balance = form, .z_loss = 0.02};
+      const auto texts = documents(4, vocabulary_of(setting));
+      const auto expected = solve_alone(setting, texts);
+      for (const int ep : {2, 4}) {
+        SCOPED_TRACE(std::string(form) + ", ep " + std::to_string(ep));
+        const auto plan = plan::make_plan(problem_of(texts, 4, ep), "balanced");
+        expect_equal(setting, plan, texts, expected);
+      }
+    }
+  }
+}
+
 TEST(Layouts, SinglePrecisionEqualsOneRank) {
   for (const char* config : {kDense, kMoe}) {
     const Setting setting{.config = config, .dtype = at::kFloat};
