@@ -1,7 +1,9 @@
 #include "meshloom/parallel/executor.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -94,6 +96,25 @@ void sum_over_unit_(comm::Communicator& hdp, const plan::Unit& unit, at::Tensor&
   for (const at::Tensor& part : received) counts.add_(part);
 }
 
+/// Counts routing on its way to the balance loss.
+class RoutingCounter final : public model::RouterBalance {
+ public:
+  RoutingCounter(model::RouterBalance* balance, at::Tensor& counts)
+      : balance_(balance), counts_(counts) {}
+  at::Tensor observe(int layer, const at::Tensor& probabilities, const at::Tensor& experts,
+                     const model::SequenceBatch& batch) override {
+    if (counts_.defined()) {
+      counts_[layer].add_(at::bincount(experts.reshape({-1}), {}, counts_.size(1)));
+    }
+    if (balance_ == nullptr) return {};
+    return balance_->observe(layer, probabilities, experts, batch);
+  }
+
+ private:
+  model::RouterBalance* balance_;
+  at::Tensor& counts_;
+};
+
 /// Clears what the flight recorder says this rank is doing, however the step ends.
 class RecorderContext {
  public:
@@ -150,6 +171,7 @@ class Executor::Impl {
     double z_loss_weight;
     StepOutcome outcome;
     std::map<std::pair<int, int>, MicroBatch> in_flight;  // (slot, chunk)
+    RoutingCounter* routing = nullptr;
   };
 
   StepOutcome run(Step step, const plan::Program& program) {
@@ -158,6 +180,14 @@ class Executor::Impl {
                       "hdp of the plan and ranks of the communicator");
     MESHLOOM_CHECK_EQ(program.rank, hdp_.rank(), "parallel.executor",
                       "rank of the program and of the communicator");
+    const model::ModelConfig& config = stage_->config();
+    if (step.training && config.moe.experts > 0) {
+      step.outcome.expert_counts =
+          at::zeros({config.layers, config.moe.experts},
+                    at::TensorOptions().dtype(at::kDouble).device(step.state.device()));
+    }
+    RoutingCounter routing(step.balance, step.outcome.expert_counts);
+    step.routing = &routing;
     if (step.training) step.state.zero_gradients();
     RecorderContext recorder(hdp_);
     for (const auto& instruction : program.instructions) {
@@ -269,7 +299,7 @@ class Executor::Impl {
             .attention = *micro.attention,
             .dispatcher = *micro.dispatcher,
             .linear = linear_,
-            .balance = step.balance,
+            .balance = step.routing,
             .gradients = step.training ? &step.state.sink() : nullptr,
             .activations = step.training ? &micro.activations : nullptr,
             .loss_weight = step.loss_weight,

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -11,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "meshloom/core/error.h"
@@ -254,6 +256,36 @@ void Trainer::Impl::fit_cost(const std::vector<double>& busy, const std::vector<
   cost_fit_.refit();
 }
 
+void Trainer::Impl::load_metrics(const at::Tensor& counts, StepMetrics& metrics) const {
+  const double* count = counts.const_data_ptr<double>();
+  double worst = 0.0;
+  double sum = 0.0;
+  int layers = 0;
+  double busiest_rank = 0.0;
+  for (std::size_t layer = 0; layer < model_.moe_layers.size(); ++layer) {
+    if (!model_.moe_layers[layer]) continue;
+    const double* own = count + layer * static_cast<std::size_t>(model_.moe.experts);
+    const double total = std::accumulate(own, own + model_.moe.experts, 0.0);
+    if (total <= 0.0) continue;
+    const double experts = static_cast<double>(model_.moe.experts);
+    const double imbalance = *std::max_element(own, own + model_.moe.experts) * experts / total;
+    worst = std::max(worst, imbalance);
+    sum += imbalance;
+    ++layers;
+    if (!experts_) continue;
+    std::vector<double> loads(static_cast<std::size_t>(experts_->map.ranks()), 0.0);
+    for (std::int64_t e = 0; e < model_.moe.experts; ++e) {
+      loads[static_cast<std::size_t>(experts_->map.owner(e))] += own[e];
+    }
+    busiest_rank = std::max(busiest_rank, *std::max_element(loads.begin(), loads.end()) *
+                                              static_cast<double>(loads.size()) / total);
+  }
+  if (layers == 0) return;
+  metrics.extra["expert_imbalance"] = sum / layers;
+  metrics.extra["expert_imbalance_worst"] = worst;
+  if (experts_) metrics.extra["expert_rank_imbalance_worst"] = busiest_rank;
+}
+
 void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                                    StepMetrics& metrics) {
   using Kind = parallel::Span::Kind;
@@ -285,7 +317,12 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
   }
 
   constexpr std::size_t kSums = 5;
-  at::Tensor sums = at::empty({static_cast<std::int64_t>(kSums + units)}, at::kDouble);
+  const bool routes = outcome.expert_counts.defined();
+  const auto counted = static_cast<std::int64_t>(kSums + units);
+  const std::int64_t routed =
+      model_.moe.experts > 0 ? model_.layers * model_.moe.experts : std::int64_t{0};
+  at::Tensor sums = at::zeros({counted + routed}, at::kDouble);
+  if (routes) sums.narrow(0, counted, routed).copy_(outcome.expert_counts.reshape({-1}));
   double* sum = sums.mutable_data_ptr<double>();
   sum[0] = outcome.loss_sum;
   sum[1] = outcome.z_loss_sum;
@@ -323,6 +360,7 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
                        : 0.0;
   metrics.aux_loss = sum[2];
   metrics.exchange_bytes = static_cast<std::int64_t>(sum[4]);
+  if (routed > 0 && !metrics.skipped) load_metrics(sums.narrow(0, counted, routed), metrics);
   metrics.measured_efficiency = peak[0] > 0.0 ? sum[3] / world_.size() / peak[0] : 0.0;
   metrics.seconds = peak[3];
   metrics.tokens_per_second =

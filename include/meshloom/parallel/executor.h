@@ -1,5 +1,7 @@
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -34,6 +36,9 @@ struct StepOutcome {
   double z_loss_sum = 0.0;
   std::int64_t tokens = 0;  ///< processed by this rank
   std::vector<UnitOutcome> units;
+  /// fp64 [layers, experts]: times that this rank's tokens chose each expert; undefined for dense
+  /// models and in `evaluate`.
+  at::Tensor expert_counts;
   std::vector<Span> spans;  ///< in order of their end
 };
 

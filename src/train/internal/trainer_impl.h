@@ -95,6 +95,7 @@ class Trainer::Impl {
                                           const data::StepMembership& membership) const;
   void diagnose(const plan::Program& program, const detail::StepOrder& order,
                 const parallel::StepOutcome& outcome, StepMetrics& metrics);
+  void load_metrics(const at::Tensor& counts, StepMetrics& metrics) const;
   void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                       StepMetrics& metrics);
   void fit_cost(const std::vector<double>& busy, const std::vector<double>& wait);

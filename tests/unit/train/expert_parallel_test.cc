@@ -89,6 +89,10 @@ void expect_alike(const std::vector<StepMetrics>& given, const std::vector<StepM
     close(given[i].aux_loss, expected[i].aux_loss, "aux_loss");
     close(given[i].z_loss, expected[i].z_loss, "z_loss");
     close(given[i].gradient_norm, expected[i].gradient_norm, "gradient_norm");
+    EXPECT_GE(given[i].extra.at("expert_imbalance"), 1.0) << what;
+    EXPECT_GE(given[i].extra.at("expert_imbalance_worst"), given[i].extra.at("expert_imbalance"));
+    EXPECT_EQ(given[i].extra.at("expert_imbalance"), expected[i].extra.at("expert_imbalance"))
+        << what << ": counts are whole numbers";
   }
 }
 
