@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "meshloom/comm/backends.h"
+#include "meshloom/core/error.h"
 #include "meshloom/core/random.h"
 #include "meshloom/parallel/executor.h"
 #include "meshloom/parallel/expert_dispatcher.h"
@@ -204,6 +205,42 @@ TEST(ExpertParallel, EveryElementIsUpdatedByOneRank) {
       }
     });
     EXPECT_EQ(std::count(owners.begin(), owners.end(), 1), table.elements) << "ep " << ep;
+  }
+}
+
+TEST(ExpertParallel, FailureDuringDispatchEndsEveryRankWithItsReason) {
+  const auto plan = planned({.hdp = 4, .ep = 2}, {30, 5, 8, 3, 60, 21}, 32, "balanced");
+  const model::ModelConfig config = mixed_config();
+  const auto programs = plan::compile(plan, {.layers = static_cast<int>(config.layers)});
+  std::mutex mutex;
+  std::vector<std::string> messages;
+  comm::run_thread_ranks(4, [&](comm::Communicator hdp) {
+    const std::shared_ptr<model::Stage> stage =
+        model::build_stage(config, {0, config.layers}, true, true);
+    const auto experts = make_expert_parallel(hdp, plan.layout, config.moe.experts);
+    StageState state(stage->parameters(), hdp, experts, at::kFloat, at::kCPU);
+    ExecutorOptions options;
+    options.before = [&](const plan::Instruction& instruction) {
+      if (hdp.rank() == 1 && instruction.op == plan::Op::kBackward) {
+        throw DataError("test", "planted failure");
+      }
+    };
+    Executor executor(stage, hdp, options, make_exchange, make_dispatcher_factory(experts));
+    const SampleLoader load = [&](std::int64_t id) {
+      return document_of(id, plan.samples[static_cast<std::size_t>(id)].tokens, config.vocab_size);
+    };
+    try {
+      (void)executor.run(plan, programs[static_cast<std::size_t>(hdp.rank())], load, state, nullptr,
+                         [] {});
+    } catch (const Error& error) {
+      const std::lock_guard lock(mutex);
+      messages.emplace_back(error.what());
+    }
+  });
+  ASSERT_EQ(messages.size(), 4U);
+  for (const std::string& message : messages) {
+    EXPECT_NE(message.find("planted failure"), std::string::npos) << message;
+    EXPECT_NE(message.find("rank 1/4 in step 0, backward"), std::string::npos) << message;
   }
 }
 
