@@ -36,8 +36,8 @@ std::optional<ExpertParallel> make_expert_parallel(comm::Communicator hdp, const
   if (layout.ep == 1) return std::nullopt;
   const int group = hdp.rank() / layout.ep;
   const int member = hdp.rank() % layout.ep;
-  auto neighbours = hdp.split(group, hdp.rank(), fmt::format("ep{}", group));
-  auto replicas = hdp.split(member, hdp.rank(), fmt::format("experts{}", member));
+  auto neighbours = hdp.split(group, hdp.rank(), "ep");
+  auto replicas = hdp.split(member, hdp.rank(), "experts");
   return ExpertParallel{.group = *std::move(neighbours),
                         .replicas = *std::move(replicas),
                         .map = ExpertMap::even(experts, layout.ep)};

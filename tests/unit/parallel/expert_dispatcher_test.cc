@@ -17,7 +17,7 @@
 namespace meshloom::parallel {
 namespace {
 
-constexpr std::int64_t kHidden = 5;
+constexpr std::int64_t kRowWidth = 5;
 
 at::Tensor numbers(std::vector<std::int64_t> shape, std::uint64_t seed) {
   at::Tensor tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
@@ -82,10 +82,10 @@ void check_map(const ExpertMap& map, const std::vector<std::int64_t>& tokens, st
   comm::run_thread_ranks(map.ranks(), [&](comm::Communicator group) {
     const auto rank = static_cast<std::uint64_t>(group.rank());
     const std::int64_t count = tokens[rank];
-    const at::Tensor x = numbers({count, kHidden}, 10 + rank);
+    const at::Tensor x = numbers({count, kRowWidth}, 10 + rank);
     const at::Tensor chosen = choices(count, k, map.experts(), 20 + rank);
     const at::Tensor weights = numbers({count, k}, 30 + rank);
-    const at::Tensor dout = numbers({count, kHidden}, 40 + rank);
+    const at::Tensor dout = numbers({count, kRowWidth}, 40 + rank);
     model::LocalDispatcher local;
     const Passed expected = pass_through(local, all, map.experts(), x, chosen, weights, dout);
     ExpertDispatcher dispatcher(group, map);
@@ -197,10 +197,10 @@ TEST(ExpertDispatcher, TrafficIsTheClosedForm) {
     }
     ExpertDispatcher dispatcher(group, map);
     (void)pass_through(dispatcher, map.experts_of(group.rank()), map.experts(),
-                       numbers({count, kHidden}, rank), chosen, numbers({count, k}, rank),
-                       numbers({count, kHidden}, rank));
+                       numbers({count, kRowWidth}, rank), chosen, numbers({count, k}, rank),
+                       numbers({count, kRowWidth}, rank));
     constexpr std::int64_t kBytes = 8;  // of an element and of a routing weight
-    expected += away * (2 * kHidden * kBytes + 2 * (kHidden * kBytes + kBytes));
+    expected += away * (2 * kRowWidth * kBytes + 2 * (kRowWidth * kBytes + kBytes));
     payload += group.traffic().at("dispatch").sent_bytes;
     sizes += group.traffic().at("dispatch_sizes").sent_bytes;
   });
