@@ -63,10 +63,10 @@ std::vector<ParameterSetting> parameter_settings(const model::ParameterTable& ta
 
 AdamW::AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
              const AdamWOptions& options, const std::vector<ParameterRule>& rules)
-    : AdamW(table, range, std::move(master), options, parameter_settings(table, options, rules)) {}
+    : AdamW(table, parameter_settings(table, options, rules), range, std::move(master), options) {}
 
-AdamW::AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
-             const AdamWOptions& options, const std::vector<ParameterSetting>& settings)
+AdamW::AdamW(const model::ParameterTable& table, const std::vector<ParameterSetting>& settings,
+             parallel::FlatRange range, at::Tensor master, const AdamWOptions& options)
     : options_(options), master_(std::move(master)) {
   MESHLOOM_CHECK_EQ(master_.numel(), range.size(), "train.AdamW", "elements of master");
   exp_avg_ = at::zeros_like(master_);

@@ -131,8 +131,8 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   const std::vector<ParameterSetting> settings =
       parameter_settings(stage_->parameters(), config_.optimizer, config_.rules);
   for (const parallel::StageState::Part& part : state_->parts()) {
-    optimizers_.emplace_back(part.table, part.zero.own_range(), part.zero.master(),
-                             config_.optimizer, settings);
+    optimizers_.emplace_back(part.table, settings, part.zero.own_range(), part.zero.master(),
+                             config_.optimizer);
   }
   const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
                                                                 : config_.aux_loss_coefficient;

@@ -41,8 +41,8 @@ class MESHLOOM_API AdamW {
   /// @param settings  by name, of every parameter of the table at least: of the whole model where
   ///   `table` is a part of it
   /// @throws InvalidArgument  a parameter of the table has no setting.
-  AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::Tensor master,
-        const AdamWOptions& options, const std::vector<ParameterSetting>& settings);
+  AdamW(const model::ParameterTable& table, const std::vector<ParameterSetting>& settings,
+        parallel::FlatRange range, at::Tensor master, const AdamWOptions& options);
 
   /// Sum of squares over the trained elements of `gradient`, accumulated in fp64 in a fixed order.
   /// @param gradient  [range.size()]
