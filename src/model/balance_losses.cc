@@ -122,6 +122,7 @@ at::Tensor GlobalLaggedBalance::observe(int layer, const at::Tensor& probabiliti
 at::Tensor SequenceBalance::observe(int /*layer*/, const at::Tensor& probabilities,
                                     const at::Tensor& experts, const SequenceBatch& batch) {
   const auto documents = static_cast<std::int64_t>(batch.documents.size());
+  if (documents == 0) return {};  // an idle member of a lockstep group
   at::Tensor gradient = zero_counts({documents, experts_});
   std::int64_t row = 0;
   for (std::int64_t d = 0; d < documents; ++d) {
