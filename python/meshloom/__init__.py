@@ -80,7 +80,7 @@ if TYPE_CHECKING:
 
 __version__: str = VERSION
 
-_MODULES = ("data", "integrations", "launch", "planning", "session", "training")
+_MODULES = ("data", "integrations", "launch", "planning", "session", "simulation", "training")
 
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TypeAlias
 
 from meshloom import _plan
@@ -73,14 +75,9 @@ def find_strategy(name: str) -> Strategy:
     if ":" not in name:
         return name
     module_name, _, class_name = name.rpartition(":")
-    if module_name.endswith(".py"):
-        folder, module_name = os.path.split(module_name[:-3])
-        sys.path.insert(0, os.path.abspath(folder))
-    elif os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        strategy = getattr(importlib.import_module(module_name), class_name)()
-    except (ImportError, AttributeError) as error:
+        strategy = getattr(_module(module_name), class_name)()
+    except Exception as error:  # it runs a user's code
         raise InvalidArgument(f"[plan.strategy] {name!r} cannot be loaded: {error}") from error
     if not isinstance(strategy, BalanceStrategy):
         raise InvalidArgument(
@@ -88,6 +85,22 @@ def find_strategy(name: str) -> Strategy:
             " meshloom.BalanceStrategy"
         )
     return strategy
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name, from the current folder too, or a file by its path."""
+    if not name.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(name)
+    stem = os.path.basename(name)[:-3]
+    spec = importlib.util.spec_from_file_location(f"meshloom_strategy_{stem}", name)
+    if spec is None or spec.loader is None or not os.path.isfile(name):
+        raise FileNotFoundError(2, "there is no such file", name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def instance(strategy: Strategy) -> BalanceStrategy:
@@ -125,7 +138,12 @@ def problem_of(plan_of_step: StepPlan) -> PlanProblem:
 
 def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
     """The same samples on the same mesh by another strategy; None where it cannot serve."""
+    return try_plan(problem_of(plan_of_step), strategy)
+
+
+def try_plan(problem: PlanProblem, strategy: Strategy) -> StepPlan | None:
+    """make_plan; None where the strategy cannot serve the problem."""
     try:
-        return make_plan(problem_of(plan_of_step), strategy)
+        return make_plan(problem, strategy)
     except (InvalidArgument, PlanError):
         return None

@@ -63,10 +63,12 @@ def make_trainer(
     chosen = planning.instance(strategy or config.strategy)
     if loader is None:
         tokenizers = []
-        if config.data.tokenizer and _needs_python(config.data.tokenizer):
+        beside_weights = os.path.join(config.model.path, "tokenizer.json") if config.model.path else ""
+        file = config.data.tokenizer or (beside_weights if os.path.isfile(beside_weights) else "")
+        if file and _needs_python(file):
             from meshloom import data
 
-            tokenizers.append(data.load_tokenizer(config.data.tokenizer))
+            tokenizers.append(data.load_tokenizer(file))
         loader = _core.open_data(config, model.vocab_size, world, *tokenizers)
     return Trainer(config, model, loader, world, chosen)
 

@@ -157,7 +157,14 @@ void train_sentencepiece(const std::vector<std::string>& files, const std::strin
       {"pad_id", "-1"}};
   std::string model;
   const auto status = sentencepiece::SentencePieceTrainer::Train(arguments, &sentences, &model);
-  if (!status.ok()) throw DataError(kTrainWhere, status.ToString());
+  if (!status.ok()) {
+    throw DataError(
+        kTrainWhere,
+        fmt::format("no tokenizer of {} pieces (data.vocab_size) could be trained: the size "
+                    "has to hold 256 bytes, 3 special pieces and the frequent characters, "
+                    "and the text has to give that many; SentencePiece says: {}",
+                    options.vocab_size, status.ToString()));
+  }
   detail::write_file(model_path, model);
 }
 

@@ -145,16 +145,22 @@ void TrainConfig::resolve(int world_size) {
                                   layout.world_size(), world_size));
   }
   const auto share = [&](std::int64_t tokens) { return (tokens + layout.hdp - 1) / layout.hdp; };
-  const std::int64_t longest = share(data.max_document_tokens);
+  // As the loader has it: documents without a limit of their own are cut at a step's tokens.
+  const std::int64_t most =
+      data.max_document_tokens > 0 ? data.max_document_tokens : global_batch_tokens;
+  const std::int64_t longest = share(most);
   if (capacity_tokens == 0) {
     capacity_tokens = std::max(share(global_batch_tokens), longest);
   } else if (longest > capacity_tokens) {
     throw InvalidArgument(
         kConfigWhere,
-        fmt::format("data.max_document_tokens {} does not fit {} ranks of capacity_tokens {}; the "
+        fmt::format("documents of {} tokens ({}) do not fit {} ranks of capacity_tokens {}; the "
                     "axis holds {}",
-                    data.max_document_tokens, layout.hdp, capacity_tokens,
-                    layout.hdp * capacity_tokens));
+                    most,
+                    data.max_document_tokens > 0 ? "data.max_document_tokens"
+                                                 : "global_batch_tokens, without "
+                                                   "data.max_document_tokens",
+                    layout.hdp, capacity_tokens, layout.hdp * capacity_tokens));
   }
 }
 

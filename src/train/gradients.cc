@@ -77,6 +77,26 @@ void check_given_plan(const plan::StepPlan& plan, const Layout& layout,
   }
 }
 
+/// @throws InvalidArgument  names the document and the place in it.
+void check_documents(const std::vector<data::Document>& documents, std::int64_t vocab_size) {
+  for (std::size_t i = 0; i < documents.size(); ++i) {
+    const data::Document& document = documents[i];
+    if (!document.loss_mask.empty() && document.loss_mask.size() != document.tokens.size()) {
+      throw InvalidArgument(kGradientsWhere,
+                            fmt::format("document {} has {} tokens and a loss_mask of {}", i,
+                                        document.tokens.size(), document.loss_mask.size()));
+    }
+    for (std::size_t t = 0; t < document.tokens.size(); ++t) {
+      if (document.tokens[t] < 0 || document.tokens[t] >= vocab_size) {
+        throw InvalidArgument(kGradientsWhere,
+                              fmt::format("document {} has token {} at position {}, expected 0 to "
+                                          "{}: the model's vocab_size is {}",
+                                          i, document.tokens[t], t, vocab_size - 1, vocab_size));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 GradientsResult gradients(const GradientsOptions& options,
@@ -94,6 +114,12 @@ GradientsResult gradients(const GradientsOptions& options,
     layout = detail::resolve_layout(options.layout, world.size(), kGradientsWhere);
     device = detail::parse_device(options.device, hosts.local_rank);
     config = model::ModelConfig::load(options.model + "/config.json");
+    check_documents(documents, config.vocab_size);
+    if (options.capacity_tokens < 0) {
+      throw InvalidArgument(
+          kGradientsWhere,
+          fmt::format("capacity_tokens is {}, expected at least 0", options.capacity_tokens));
+    }
   } catch (const std::exception&) {
     failure = detail::current_failure();
   }

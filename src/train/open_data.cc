@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -55,11 +56,11 @@ std::string cache_folder(const TrainConfig& config) {
 }
 
 /// Trains a tokenizer where the cache holds none for this corpus. @returns its file.
-std::string cached_tokenizer(const TrainConfig& config) {
+std::string cached_tokenizer(const TrainConfig& config, std::int64_t vocab_size) {
   const Corpus corpus = corpus_of(config.data);
   const fs::path folder = cache_folder(config);
   const fs::path file =
-      folder / fmt::format("tokenizer-{}-{}.model", config.data.vocab_size, corpus.fingerprint);
+      folder / fmt::format("tokenizer-{}-{}.model", vocab_size, corpus.fingerprint);
   std::error_code failure;
   if (fs::exists(file, failure)) return file.string();
   fs::create_directories(folder, failure);
@@ -68,29 +69,55 @@ std::string cached_tokenizer(const TrainConfig& config) {
                                                  folder.string(), failure.message()));
   }
   data::TokenizerTraining options;
-  options.vocab_size = config.data.vocab_size;
+  options.vocab_size = vocab_size;
   options.seed = config.seed;
   data::train_sentencepiece(corpus.files, file.string(), options);
   return file.string();
 }
 
-/// The SentencePiece file to open, the same on all ranks. Collective.
-std::string tokenizer_file(const TrainConfig& config, comm::Communicator& world) {
-  const std::string& given = config.data.tokenizer;
-  if (!given.empty()) {
-    if (fs::path(given).extension() == ".json") {
-      throw NotSupported("train.open_data",
-                         fmt::format("{} is read by Python's `tokenizers`; train from Python or "
-                                     "with `meshloom train`, or give a SentencePiece model",
-                                     given));
-    }
-    return given;
+/// The tokenizer that belongs to pretrained weights; empty where their folder holds none, which
+/// serves lines of tokens alone.
+std::string pretrained_tokenizer(const TrainConfig& config) {
+  const fs::path folder = config.model.path;
+  for (const char* name : {"tokenizer.json", "tokenizer.model"}) {
+    if (fs::exists(folder / name)) return (folder / name).string();
   }
+  for (const std::string& path : config.data.paths) {
+    if (is_jsonl(path)) continue;
+    throw InvalidArgument(
+        "train.open_data",
+        fmt::format("{} is text and {} holds no tokenizer.json or tokenizer.model: "
+                    "set data.tokenizer to the one that the weights were trained "
+                    "with",
+                    path, folder.string()));
+  }
+  return "";
+}
+
+/// What the config asks for, on rank 0.
+std::string choose_tokenizer(const TrainConfig& config, std::int64_t vocab_size) {
+  std::string file = config.data.tokenizer;
+  if (file.empty() && !config.model.path.empty()) file = pretrained_tokenizer(config);
+  if (file.empty() && config.model.path.empty()) {
+    file = cached_tokenizer(config, std::min(config.data.vocab_size, vocab_size));
+  }
+  if (fs::path(file).extension() == ".json") {
+    throw NotSupported("train.open_data",
+                       fmt::format("{} is read by Python's `tokenizers`; train from Python or with "
+                                   "`meshloom train`, or give a SentencePiece model",
+                                   file));
+  }
+  return file;
+}
+
+/// The tokenizer file to open, the same on all ranks; empty: none is needed. Collective.
+std::string tokenizer_file(const TrainConfig& config, std::int64_t vocab_size,
+                           comm::Communicator& world) {
   std::string file;
   std::optional<detail::LocalFailure> failure;
   if (world.rank() == 0) {
     try {
-      file = cached_tokenizer(config);
+      file = choose_tokenizer(config, vocab_size);
     } catch (const std::exception&) {
       failure = detail::current_failure();
     }
@@ -111,11 +138,11 @@ std::shared_ptr<data::Source> open_source(const DataSection& section, const std:
 
 std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, std::int64_t vocab_size,
                                           const std::shared_ptr<data::Tokenizer>& tokenizer) {
-  if (tokenizer->vocab_size() > vocab_size) {
+  if (tokenizer && tokenizer->vocab_size() > vocab_size) {
     throw InvalidArgument(
         "train.open_data",
-        fmt::format("the tokenizer has {} tokens, but the model's vocab_size is {}",
-                    tokenizer->vocab_size(), vocab_size));
+        fmt::format("the tokenizer {} has {} tokens, but the model's vocab_size is {}",
+                    config.data.tokenizer, tokenizer->vocab_size(), vocab_size));
   }
   std::vector<std::shared_ptr<data::Source>> sources;
   const auto cache =
@@ -151,11 +178,11 @@ std::shared_ptr<data::Loader> open_data(const TrainConfig& config, std::int64_t 
   if (config.data.paths.empty()) {
     throw InvalidArgument("train.open_data", "data.paths is empty, expected folders or files");
   }
-  const std::string file = tokenizer ? "" : tokenizer_file(config, world);
+  const std::string file = tokenizer ? "" : tokenizer_file(config, vocab_size, world);
   std::shared_ptr<data::Loader> loader;
   std::optional<detail::LocalFailure> failure;
   try {
-    if (!tokenizer) tokenizer = data::load_sentencepiece(file);
+    if (!file.empty()) tokenizer = data::load_sentencepiece(file);
     loader = make_loader(config, vocab_size, tokenizer);
   } catch (const std::exception&) {
     failure = detail::current_failure();

@@ -166,6 +166,14 @@ bool Trainer::Impl::checkpoint_due() const {
 
 void Trainer::Impl::begin_run() {
   prepare_folder();
+  on_rank_0("train.evaluate", [&] {
+    if (config_.evaluate_every > 0 && loader_->held_out(config_.evaluate_tokens).samples.empty()) {
+      throw InvalidArgument("train.evaluate",
+                            fmt::format("evaluate_every is {}, but no documents are "
+                                        "held out; set data.held_out_fraction",
+                                        config_.evaluate_every));
+    }
+  });
   on_rank_0("train.records", [&] {
     records_ = std::make_unique<detail::RunRecords>(config_.run, next_step_);
     records_->config(config_.to_yaml());

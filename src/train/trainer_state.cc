@@ -63,6 +63,24 @@ at::Tensor parse_tensor(const std::string& text, at::Device device) {
   return result.to(device);
 }
 
+/// @throws InvalidArgument  names the first key in which the checkpoint's model is another.
+void check_same_model(const std::string& saved, const std::string& own) {
+  if (saved == own) return;
+  const auto before = nlohmann::json::parse(saved, nullptr, false);
+  const auto now = nlohmann::json::parse(own);
+  if (!before.is_object()) throw DataError(kStateWhere, "the checkpoint names no model");
+  for (const auto& [key, value] : now.items()) {
+    const auto found = before.find(key);
+    const std::string was = found == before.end() ? "nothing" : found->dump();
+    if (was != value.dump()) {
+      throw InvalidArgument(
+          kStateWhere, fmt::format("the checkpoint's model has {} {}, the config has {}", key, was,
+                                   value.dump()));
+    }
+  }
+  throw InvalidArgument(kStateWhere, "the checkpoint's model has keys that the config's has not");
+}
+
 }  // namespace
 
 Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
@@ -136,6 +154,11 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
                                                                 : config_.aux_loss_coefficient;
+  if (model_.moe.experts == 0 && config_.aux_loss_coefficient > 0.0) {
+    throw InvalidArgument(kStateWhere,
+                          fmt::format("aux_loss_coefficient is {}, but the {} model has no experts",
+                                      config_.aux_loss_coefficient, model_.model_type));
+  }
   if (model_.moe.experts > 0 && coefficient > 0.0) {
     balance_ = model::make_balance_loss(config_.aux_loss, coefficient, model_);
   }
@@ -229,6 +252,7 @@ void Trainer::Impl::restore(const CheckpointInfo& info) {
     const auto found = info.texts.find(name);
     return found == info.texts.end() ? std::string() : found->second;
   };
+  check_same_model(text("model"), model_.to_json());
   for (AdamW& optimizer : optimizers_) {
     optimizer.set_updates(static_cast<std::int64_t>(number("updates")));
   }
@@ -285,13 +309,14 @@ void Trainer::Impl::resume() {
       resumed_from_ = folder;
       return;
     }
+    if (failure->code == ErrorCode::kInvalidArgument) break;  // good, but of another run
     notices_.push_back(fmt::format("checkpoint {} was passed over: {}", folder, failure->message));
     if (config_.checkpoint.resume == "strict") break;
   }
   if (!failure) return;
   agreed_ = true;
   throw_error(failure->code, kStateWhere,
-              fmt::format("no good checkpoint in {}: {}; move the folder away or set "
+              fmt::format("no checkpoint in {} can be continued: {}; move the folder away or set "
                           "checkpoint.resume: no to start over",
                           checkpoints(), failure->message));
 }

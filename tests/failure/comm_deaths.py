@@ -68,7 +68,7 @@ def problems(mode: str, output: str) -> list[str]:
             found.append(f"rank {rank} does not name the call ({every}): {errors[rank]}")
         elif f"rank {rank}/{RANKS}" not in errors[rank] and "rank" not in errors[rank]:
             found.append(f"rank {rank} does not say who it is: {errors[rank]}")
-        elif rank != VICTIM and not re.search(r"in step [34] \w+ slot 1 unit 7 samples 4, 9", errors[rank]):
+        elif rank != VICTIM and not re.search(r"in step [234] \w+ slot 1 unit 7 samples 4, 9", errors[rank]):
             found.append(f"rank {rank} does not say what it was doing: {errors[rank]}")
         if seconds.get(rank, 0.0) > PATIENCE:
             found.append(f"rank {rank} took {seconds[rank]} s")

@@ -198,3 +198,43 @@ def test_ranks_report_an_error_once(build_dir: Path, config: Path) -> None:
     result = meshloom(build_dir, "train", config, "--ranks", 3, "--data", config.parent / "absent", good=False)
     assert result.stderr.count("error:") == 1 and "absent" in result.stderr
     assert "mpirun" not in result.stderr
+
+
+def test_checkpoint_of_another_model(build_dir: Path, config: Path) -> None:
+    write_config(config, steps=2)
+    meshloom(build_dir, "train", config)
+    write_config(config, model={"config": running.MODEL | {"rope_theta": 77.0}})
+    line = error_of(build_dir, "train", config)
+    assert "rope_theta" in line and "checkpoint" in line
+
+
+def test_evaluation_without_held_out_documents(build_dir: Path, config: Path) -> None:
+    write_config(config, evaluate_every=2)
+    assert "held_out_fraction" in error_of(build_dir, "train", config)
+
+
+def test_capacity_that_no_document_fits(build_dir: Path, config: Path) -> None:
+    write_config(config, data={"max_document_tokens": 0})
+    line = error_of(build_dir, "train", config, "--capacity", 20, "-n", 2, "--backend", "thread")
+    assert "global_batch_tokens" in line and "20" in line
+
+
+def test_pretrained_weights_without_a_tokenizer(build_dir: Path, config: Path) -> None:
+    model = folder_with_weights(build_dir, config)
+    (model / "tokenizer.model").unlink()
+    (config.parent / "a.txt").write_text("some text " * 50)
+    line = error_of(build_dir, "train", config, "--data", config.parent / "a.txt")
+    assert "data.tokenizer" in line and "a.txt" in line
+
+
+def test_documents_of_the_wrong_type(build_dir: Path, tmp_path: Path) -> None:
+    program = (
+        "import meshloom as ml\n"
+        "for bad in ([[1, 2], [1.5]], ['abc'], [{'token': [1]}], [[2**40]]):\n"
+        "    try:\n"
+        "        ml.data.documents(iter(bad))\n"
+        "    except ml.DataError:\n"
+        "        continue\n"
+        "    raise SystemExit(f'{bad} was taken')\n"
+    )
+    running.run(build_dir, [sys.executable, "-c", program])

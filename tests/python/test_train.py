@@ -66,6 +66,7 @@ def test_transformers_opens_the_checkpoint(build_dir: Path, config: Path) -> Non
     with torch.no_grad():
         logits = model(torch.arange(20)[None]).logits
     assert logits.shape == (1, 20, 300) and torch.isfinite(logits).all()
+    assert (config.parent / "run/checkpoint/tokenizer.model").is_file()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,17 @@ using data::Source;
 using data::Tokenizer;
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
+std::vector<std::int32_t> tokens_of(const py::handle& value) {
+  try {
+    return value.cast<std::vector<std::int32_t>>();
+  } catch (const py::cast_error&) {
+    std::string shown = py::repr(value).cast<std::string>();
+    constexpr std::size_t kShown = 60;
+    if (shown.size() > kShown) shown = shown.substr(0, kShown) + "...";
+    throw DataError("data.document", "the tokens " + shown + " are no sequence of integers");
+  }
+}
+
 /// A Document, or a mapping {tokens, loss_mask}, or a sequence of tokens.
 Document document_of(const py::handle& value) {
   if (py::isinstance<Document>(value)) return value.cast<Document>();
@@ -39,7 +50,7 @@ Document document_of(const py::handle& value) {
     if (!fields.contains("tokens")) {
       throw DataError("data.document", "the mapping has no key \"tokens\"");
     }
-    document.tokens = fields["tokens"].cast<std::vector<std::int32_t>>();
+    document.tokens = tokens_of(fields["tokens"]);
     if (fields.contains("loss_mask") && !fields["loss_mask"].is_none()) {
       for (const py::handle flag : fields["loss_mask"]) {
         document.loss_mask.push_back(flag.cast<bool>() ? 1 : 0);
@@ -47,7 +58,7 @@ Document document_of(const py::handle& value) {
     }
     return document;
   }
-  document.tokens = value.cast<std::vector<std::int32_t>>();
+  document.tokens = tokens_of(value);
   return document;
 }
 

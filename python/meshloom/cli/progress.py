@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from meshloom._plan import StepPlan
 
 COMPARED = ("static", "naive_hdp", "balanced")
+COMPARED_STEPS = 256  # newest ones: planning them again takes well under a second
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -85,12 +86,17 @@ class Progress:
 
 
 def makespans(plans: Sequence[StepPlan]) -> dict[str, float | None]:
-    """Sum of predicted makespans of the same steps by each compared strategy; None: cannot serve."""
+    """Sum of predicted makespans of the same steps by each compared strategy; None: cannot serve.
+
+    All steps are costed by the last plan's model, the best one that the run came to.
+    """
     result: dict[str, float | None] = {}
     for name in COMPARED:
         total: float | None = 0.0
         for plan in plans:
-            again = planning.plan_again(plan, name)
+            problem = planning.problem_of(plan)
+            problem.cost = plans[-1].cost
+            again = planning.try_plan(problem, name)
             total = None if again is None or total is None else total + again.predicted.makespan
         result[name] = total
     return result
@@ -116,13 +122,11 @@ def closing_table(history: Sequence[StepMetrics], plans: Sequence[StepPlan], wid
     table.add_row("tokens/s", f"{tokens / seconds:,.0f}" if seconds else "-")
     table.add_row("waited for plans", f"{100 * _share(history, 'planning_seconds', seconds):.2f} %")
     table.add_row("exchanged", in_bytes(sum(metrics.exchange_bytes for metrics in history)))
-    times = makespans(plans)
+    times = makespans(plans[-COMPARED_STEPS:])
     best = times.get("balanced")
     for name, total in times.items():
-        text = "cannot serve these steps" if total is None else f"{total:,.2f} s"
-        if total is not None and best:
-            text += f"  ({total / best:.2f}x)"
-        table.add_row(f"predicted makespan, {name}", text)
+        ratio = "cannot serve these steps" if total is None else f"{total / best:.3f} x" if best else "-"
+        table.add_row(f"predicted makespan, {name}", ratio)
     shown = io.StringIO()
     Console(file=shown, width=min(width or 100, 100), highlight=False).print(table)
     return shown.getvalue().rstrip()

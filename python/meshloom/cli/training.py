@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshloom import launch
-from meshloom.cli import progress
+from meshloom.cli import common, progress
 
 if TYPE_CHECKING:
     from meshloom._core import Communicator, StepMetrics, TrainConfig
+    from meshloom._plan import StepPlan
 
 # SIGTERM and SIGUSR1 are what schedulers send before they end a job; SIGINT is Ctrl-C.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -60,6 +64,15 @@ def train(
             help="Balance strategy instead of the config's; MODULE:CLASS for one of your own.",
         ),
     ] = None,
+    layout: common.LayoutOption = None,
+    hdp: common.HdpOption = None,
+    capacity_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--capacity-tokens", "--capacity", show_default=False,
+            help="Most tokens that a rank may hold of one unit, instead of the config's.",
+        ),
+    ] = None,
 ) -> None:
     """Train the model that CONFIG.yaml describes.
 
@@ -88,11 +101,15 @@ def train(
         )
     if not os.path.isfile(config):
         raise FileNotFoundError(2, "there is no such config file", config)
-    overrides = {"data": data, "run": run, "steps": steps, "strategy": strategy}
+    overrides = {
+        "data": data, "run": run, "steps": steps, "strategy": strategy,
+        "layout": common.resolve_layout(layout, hdp) if layout or hdp else None,
+        "capacity_tokens": capacity_tokens,
+    }
     if started_by is not None:
         _train_rank(config, overrides, backend)
         return
-    count = ranks if ranks is not None else _ranks_of(config)
+    count = ranks if ranks is not None else _ranks_of(config, overrides)
     if count < 1:
         raise typer.BadParameter(f"--ranks is {count}, expected at least 1")
     if backend == "thread" and count > 1:
@@ -108,18 +125,19 @@ def train(
         arguments = ["train", config]
         for path in data or ():
             arguments += ["--data", path]
-        named = (("--run", run), ("--steps", steps), ("--backend", backend), ("--strategy", strategy))
+        named = (
+            ("--run", run), ("--steps", steps), ("--backend", backend), ("--strategy", strategy),
+            ("--layout", layout), ("--hdp", hdp), ("--capacity-tokens", capacity_tokens),
+        )
         for name, value in named:
             arguments += [name, str(value)] if value is not None else []
         if code := launch.run_under_mpirun(count, arguments):
             raise typer.Exit(code)
 
 
-def _ranks_of(path: str) -> int:
-    """Ranks that the config's layout asks for; 1 where it leaves that open."""
-    from meshloom import training
-
-    layout = training.TrainConfig.load(path).layout
+def _ranks_of(path: str, overrides: Mapping[str, Any]) -> int:
+    """Ranks that the layout asks for; 1 where it leaves that open."""
+    layout = _load(path, overrides).layout
     return int(layout.world_size) if layout.hdp else 1
 
 
@@ -131,7 +149,7 @@ def _load(path: str, overrides: Mapping[str, Any]) -> TrainConfig:
         config.data.paths = overrides["data"]
         config.data.weights = []
         config.data.extensions = []
-    for name in ("run", "steps", "strategy"):
+    for name in ("run", "steps", "strategy", "layout", "capacity_tokens"):
         if overrides[name] is not None:
             setattr(config, name, overrides[name])
     return config
@@ -178,7 +196,7 @@ def _train(config: TrainConfig, world: Communicator) -> None:
             print(f"continuing from {trainer.resumed_from} at step {trainer.next_step}", flush=True)
     told = 0
     history: list[StepMetrics] = []
-    plans = []
+    plans: deque[StepPlan] = deque(maxlen=progress.COMPARED_STEPS)
     for metrics in trainer:
         if not first:
             continue
@@ -194,9 +212,26 @@ def _train(config: TrainConfig, world: Communicator) -> None:
     for notice in trainer.notices[told:]:
         print(f"note: {notice}", flush=True)
     if history:
-        print(progress.closing_table(history, plans, width), flush=True)
+        print(progress.closing_table(history, list(plans), width), flush=True)
     if trainer.finished:
+        _keep_tokenizer(resolved)
         print(f"the trained model is in {resolved.run}/checkpoint", flush=True)
     else:
         print(f"stopped after step {trainer.next_step} of {resolved.steps} with a checkpoint; the same"
               " command continues", flush=True)
+
+
+def _keep_tokenizer(config: TrainConfig) -> None:
+    """Puts the tokenizer beside the trained weights."""
+    folder = Path(config.run) / "checkpoint"
+    own = sorted(Path(config.data.cache or Path(config.run) / "cache").glob("tokenizer-*.model"))
+    if config.data.tokenizer:
+        source = Path(config.data.tokenizer)
+    elif config.model.path:
+        named = (Path(config.model.path) / name for name in ("tokenizer.json", "tokenizer.model"))
+        source = next((path for path in named if path.is_file()), folder)
+    else:
+        source = max(own, key=lambda path: path.stat().st_mtime, default=folder)
+    if source.is_file():
+        name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(source, folder / name)
