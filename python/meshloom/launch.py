@@ -83,21 +83,21 @@ class ErrorFilter:
         if re.fullmatch(r"-{40,}", line):
             block, self._block = self._block, [] if self._block is None else None
             return [] if block is None else self._close(block)
-        if self._block is not None:
-            self._block.append(line)
-            return []
-        if line.startswith("error: "):
+        if line.startswith("error: "):  # a rank's, inside a block of mpirun's too
             text = re.sub(r"^error: (rank \d+: )?", "", line)
             if text in self._seen:
                 return []
             self._seen.add(text)
             return [f"error: {text}"]
+        if self._block is not None:
+            self._block.append(line)
+            return []
         return [] if line.startswith("mpirun: Forwarding signal") else [line]
 
     def rest(self) -> list[str]:
         """Lines of a block that never ended."""
         block, self._block = self._block, None
-        return block or []
+        return self._close(block) if block else []
 
     def _close(self, block: list[str]) -> list[str]:
         text = " ".join(" ".join(block).split())

@@ -39,6 +39,7 @@ error: rank 2: [train.open_data] no such folder
 error: rank 0: [train.open_data] no such folder
 {DASHES}
 Primary job  terminated normally, but 1 process returned
+error: rank 1: [train.open_data] no such folder
 a non-zero exit code. Per user-direction, the job has been aborted.
 {DASHES}
 error: rank 1: something else

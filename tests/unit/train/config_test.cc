@@ -134,9 +134,10 @@ TEST(TrainConfig, ResolveFillsLayoutAndCapacity) {
   EXPECT_EQ(config.layout.hdp, 4);
   EXPECT_EQ(config.capacity_tokens, 1025);
   config.data.max_document_tokens = 4101;
-  EXPECT_NE(
-      message_of<InvalidArgument>([&] { config.resolve(4); }).find("max_document_tokens 4101"),
-      std::string::npos);
+  EXPECT_NE(message_of<InvalidArgument>([&] {
+              config.resolve(4);
+            }).find("4101 tokens (data.max_document_tokens)"),
+            std::string::npos);
   EXPECT_NE(message_of<InvalidArgument>([&] { config.resolve(3); }).find("needs 4 ranks"),
             std::string::npos);
 }

@@ -282,6 +282,8 @@ void NcclEngine::abort(const std::shared_ptr<Group>& group, const std::string& r
     if (group->aborted) return;
     group->aborted = true;
     group->reason = reason.empty() ? "no reason given" : reason;
+    // Before any caller learns of it: the group may be dropped at once, and its lane retired.
+    if (group->lane) group->lane->aborted = true;
     for (const auto& weak : group->children) {
       if (auto child = weak.lock()) children.push_back(std::move(child));
     }
@@ -295,7 +297,6 @@ void NcclEngine::abort(const std::shared_ptr<Group>& group, const std::string& r
     for (const Call& call : calls_) {
       messages_too = messages_too || (call.group == group && call.lane == messages_);
     }
-    if (group->lane) group->lane->aborted = true;
     if (messages_too) messages_->aborted = true;
     for (auto call = calls_.begin(); call != calls_.end();) {
       const auto next = std::next(call);
@@ -352,7 +353,7 @@ void NcclEngine::end_lane(NcclLane& lane, bool flush) {
   }
   if (comm != nullptr) {
     bool flushed = false;
-    if (flush && !is_bad(api_->finalize(comm))) {
+    if (flush && !lane.aborted && !is_bad(api_->finalize(comm))) {
       const auto until = Clock::now() + kLastWait;
       NcclResult state = NcclResult::kInProgress;
       while (!is_bad(api_->async_error(comm, state)) && state == NcclResult::kInProgress &&
