@@ -136,11 +136,6 @@ def problem_of(plan_of_step: StepPlan) -> PlanProblem:
     return problem
 
 
-def plan_again(plan_of_step: StepPlan, strategy: Strategy) -> StepPlan | None:
-    """The same samples on the same mesh by another strategy; None where it cannot serve."""
-    return try_plan(problem_of(plan_of_step), strategy)
-
-
 def try_plan(problem: PlanProblem, strategy: Strategy) -> StepPlan | None:
     """make_plan; None where the strategy cannot serve the problem."""
     try:

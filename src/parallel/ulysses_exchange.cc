@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 
 #include "meshloom/model/attention_kernel.h"
@@ -25,49 +26,16 @@ struct UlyssesExchange::Heads {
   [[nodiscard]] std::int64_t kv() const { return kv_end - kv_begin; }
 };
 
-namespace {
-
 /// All members' tokens on one rank: rows arrive member by member, attention wants them document by
 /// document.
-struct WholeDocuments {
+struct UlyssesExchange::WholeDocuments {
   model::SequenceBatch batch;      ///< whole documents; no token ids
   std::vector<std::int64_t> rows;  ///< of each member
   at::Tensor by_document;          ///< int64 [T]: arrival row of each row of the batch
   at::Tensor by_arrival;           ///< int64 [T]: its inverse
 };
 
-WholeDocuments whole_documents(const model::SequenceBatch& batch, int degree,
-                               const at::Device& device) {
-  WholeDocuments whole;
-  std::int64_t total = 0;
-  for (const auto& document : batch.documents) {
-    auto& entry = whole.batch.documents.emplace_back(document);
-    entry.ranges = plan::member_ranges(document.length, 1, 0);
-    total += document.length;
-  }
-  auto by_arrival = at::empty({total}, at::TensorOptions().dtype(at::kLong));
-  auto by_document = at::empty({total}, at::TensorOptions().dtype(at::kLong));
-  auto* arrival = by_arrival.mutable_data_ptr<std::int64_t>();
-  auto* document_row = by_document.mutable_data_ptr<std::int64_t>();
-  std::int64_t row = 0;
-  for (int member = 0; member < degree; ++member) {
-    whole.rows.push_back(detail::member_rows(batch, degree, member));
-    std::int64_t first = 0;
-    for (const auto& document : batch.documents) {
-      for (const auto& range : plan::member_ranges(document.length, degree, member)) {
-        for (auto t = range.begin; t < range.end; ++t, ++row) {
-          arrival[row] = first + t;
-          document_row[first + t] = row;
-        }
-      }
-      first += document.length;
-    }
-  }
-  whole.by_arrival = by_arrival.to(device);
-  whole.by_document = by_document.to(device);
-  whole.batch.tokens = by_document;  // its size is the batch's
-  return whole;
-}
+namespace {
 
 /// Each query head's own K/V head, where the heads of a member do not make up whole groups.
 at::Tensor expand(const at::Tensor& kv, const at::Tensor& head_of_query) {
@@ -121,6 +89,41 @@ UlyssesExchange::Heads UlyssesExchange::heads_of(int member, const at::Tensor& q
   return result;
 }
 
+const UlyssesExchange::WholeDocuments& UlyssesExchange::whole_documents(
+    const model::SequenceBatch& batch, const at::Device& device) {
+  if (whole_) return *whole_;
+  WholeDocuments whole;
+  std::int64_t total = 0;
+  for (const auto& document : batch.documents) {
+    auto& entry = whole.batch.documents.emplace_back(document);
+    entry.ranges = plan::member_ranges(document.length, 1, 0);
+    total += document.length;
+  }
+  auto by_arrival = at::empty({total}, at::TensorOptions().dtype(at::kLong));
+  auto by_document = at::empty({total}, at::TensorOptions().dtype(at::kLong));
+  auto* arrival = by_arrival.mutable_data_ptr<std::int64_t>();
+  auto* document_row = by_document.mutable_data_ptr<std::int64_t>();
+  std::int64_t row = 0;
+  for (int member = 0; member < degree(); ++member) {
+    whole.rows.push_back(detail::member_rows(batch, degree(), member));
+    std::int64_t first = 0;
+    for (const auto& document : batch.documents) {
+      for (const auto& range : plan::member_ranges(document.length, degree(), member)) {
+        for (auto t = range.begin; t < range.end; ++t, ++row) {
+          arrival[row] = first + t;
+          document_row[first + t] = row;
+        }
+      }
+      first += document.length;
+    }
+  }
+  whole.by_arrival = by_arrival.to(device);
+  whole.by_document = by_document.to(device);
+  whole.batch.tokens = by_document;  // its size is the batch's
+  whole_ = std::make_shared<const WholeDocuments>(std::move(whole));
+  return *whole_;
+}
+
 void UlyssesExchange::all_to_all(const std::vector<at::Tensor>& to, std::vector<at::Tensor>& from) {
   std::vector<comm::Transfer> sends;
   std::vector<comm::Transfer> receives;
@@ -144,7 +147,7 @@ model::AttentionOutput UlyssesExchange::forward(const at::Tensor& q, const at::T
                                                 const model::AttentionOptions& options) {
   const std::int64_t dim = q.size(2);
   const Heads own = heads_of(index_, q, k);
-  const WholeDocuments whole = whole_documents(batch, degree(), q.device());
+  const WholeDocuments& whole = whole_documents(batch, q.device());
   std::vector<at::Tensor> to;
   std::vector<at::Tensor> from;
   for (int member = 0; member < degree(); ++member) {
@@ -195,7 +198,7 @@ model::AttentionGradients UlyssesExchange::backward(const at::Tensor& dout, cons
                                                     const model::AttentionOptions& options) {
   const std::int64_t dim = q.size(2);
   const Heads own = heads_of(index_, q, k);
-  const WholeDocuments whole = whole_documents(batch, degree(), q.device());
+  const WholeDocuments& whole = whole_documents(batch, q.device());
   const auto statistics = q.options().dtype(detail::statistics_type(q));
   // log-sum-exp and delta travel as two more columns of their own tensor: they are wider than q
   const auto delta = model::attention_delta(dout, forward.out);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
@@ -36,8 +37,11 @@ class MESHLOOM_API UlyssesExchange final : public model::AttentionExchange {
 
  private:
   struct Heads;
+  struct WholeDocuments;
   [[nodiscard]] int degree() const { return static_cast<int>(ranks_.size()); }
   [[nodiscard]] Heads heads_of(int member, const at::Tensor& q, const at::Tensor& k) const;
+  [[nodiscard]] const WholeDocuments& whole_documents(const model::SequenceBatch& batch,
+                                                      const at::Device& device);
   /// Sends tensor m to member m and fills those received, [rows of member, ...], own one included.
   void all_to_all(const std::vector<at::Tensor>& to, std::vector<at::Tensor>& from);
 
@@ -45,6 +49,7 @@ class MESHLOOM_API UlyssesExchange final : public model::AttentionExchange {
   std::vector<int> ranks_;
   int index_ = 0;
   SpanSink spans_;
+  std::shared_ptr<const WholeDocuments> whole_;  ///< of the micro-batch; made by the first call
 };
 
 }  // namespace meshloom::parallel

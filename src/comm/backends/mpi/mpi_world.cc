@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "comm/backends/mpi/mpi_engine.h"
+#include "comm/internal/child_group.h"
 #include "comm/internal/group.h"
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
@@ -53,20 +54,12 @@ class MpiGroup final : public GroupImpl {
                                   "are taken",
                                   info().rank, info().size, info().name, engine_->id_limit()));
     }
-    std::vector<int> members;
-    for (const int member : place->members) members.push_back(state_->members[member]);
+    std::vector<int> members = world_ranks(state_->members, place->members);
     // Read before the move: arguments are evaluated in any order.
     const int size = static_cast<int>(members.size());
     auto child = make(engine_, child_info(info(), place->name, place->rank, size), place->token,
                       std::move(members));
-    std::string reason;
-    {
-      const std::lock_guard lock(state_->mutex);
-      if (state_->aborted) reason = state_->reason;
-      std::erase_if(state_->children, [](const auto& other) { return other.expired(); });
-      state_->children.push_back(child->state_);
-    }
-    if (!reason.empty()) child->abort(reason);
+    attach_child(*state_, *child, child->state_);
     return child;
   }
 

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "comm/backends/nccl/nccl_engine.h"
+#include "comm/internal/child_group.h"
 #include "meshloom/core/error.h"
 
 namespace meshloom::comm::detail {
@@ -68,19 +69,11 @@ class NcclGroup final : public GroupImpl {
     auto lane = engine().split_lane(state_->lane, place ? place->color : -1,
                                     place ? place->rank : 0, name, info().timeout, who);
     if (!place) return nullptr;
-    std::vector<int> members;
-    for (const int member : place->members) members.push_back(state_->members[member]);
+    std::vector<int> members = world_ranks(state_->members, place->members);
     const int size = static_cast<int>(members.size());
     auto child = make(lease_, child_info(info(), name, place->rank, size), std::move(members),
                       std::move(lane), std::move(host));
-    std::string reason;
-    {
-      const std::lock_guard lock(state_->mutex);
-      if (state_->aborted) reason = state_->reason;
-      std::erase_if(state_->children, [](const auto& other) { return other.expired(); });
-      state_->children.push_back(child->state_);
-    }
-    if (!reason.empty()) child->abort(reason);
+    attach_child(*state_, *child, child->state_);
     return child;
   }
 

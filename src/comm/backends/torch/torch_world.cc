@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "comm/backends/torch/torch_transport.h"
+#include "comm/internal/child_group.h"
 #include "comm/internal/group.h"
 #include "meshloom/comm/torch_backend.h"
 #include "meshloom/core/error.h"
@@ -128,19 +129,11 @@ class TorchGroup final : public GroupImpl {
                                   "all are taken",
                                   info().rank, info().size, info().name, TorchTransport::kGroups));
     }
-    std::vector<int> members;
-    for (const int member : place->members) members.push_back(state_->members[member]);
+    std::vector<int> members = world_ranks(state_->members, place->members);
     const int size = static_cast<int>(members.size());
     auto child = make(lease_, child_info(info(), place->name, place->rank, size), place->token,
                       std::move(members));
-    std::string reason;
-    {
-      const std::lock_guard lock(state_->mutex);
-      if (state_->aborted) reason = state_->reason;
-      std::erase_if(state_->children, [](const auto& other) { return other.expired(); });
-      state_->children.push_back(child->state_);
-    }
-    if (!reason.empty()) child->abort(reason);
+    attach_child(*state_, *child, child->state_);
     return child;
   }
 
