@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "files.h"
 #include "meshloom/core/error.h"
-#include "temporary_folder.h"
 
 namespace meshloom::model {
 namespace {

@@ -15,8 +15,8 @@
 #include <set>
 
 #include "file_limit.h"
+#include "files.h"
 #include "meshloom/core/error.h"
-#include "temporary_folder.h"
 #include "tiny_models.h"
 
 namespace meshloom::model {

@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "file_limit.h"
+#include "files.h"
 #include "meshloom/core/error.h"
-#include "temporary_folder.h"
 
 namespace meshloom::model {
 namespace {

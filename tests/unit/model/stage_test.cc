@@ -10,9 +10,9 @@
 
 #include <cmath>
 
+#include "files.h"
 #include "meshloom/core/error.h"
 #include "meshloom/model/balance_losses.h"
-#include "temporary_folder.h"
 #include "tiny_models.h"
 
 namespace meshloom::model {

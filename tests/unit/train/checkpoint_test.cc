@@ -16,7 +16,7 @@
 
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
-#include "temporary_folder.h"
+#include "unit/temporary_folder.h"
 
 namespace meshloom::train {
 namespace {
@@ -30,7 +30,7 @@ model::ParameterTable odd_table() {
     spec.name = "tensor." + std::to_string(i);
     spec.shape = shapes[i];
     spec.offset = offset;
-    offset += element_count(spec.shape);
+    offset += spec.elements();
     table.parameters.push_back(spec);
   }
   table.elements = offset;

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "meshloom/core/error.h"
-#include "temporary_folder.h"
+#include "unit/temporary_folder.h"
 
 namespace meshloom::train {
 namespace {

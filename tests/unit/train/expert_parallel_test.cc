@@ -18,8 +18,8 @@
 #include "meshloom/model/safetensors.h"
 #include "meshloom/train/gradients.h"
 #include "meshloom/train/trainer.h"
-#include "temporary_folder.h"
 #include "tiny_run.h"
+#include "unit/temporary_folder.h"
 
 namespace meshloom::train {
 namespace {

@@ -11,8 +11,8 @@
 #include "meshloom/model/pretrained.h"
 #include "meshloom/model/reference.h"
 #include "meshloom/model/safetensors.h"
-#include "temporary_folder.h"
 #include "tiny_run.h"
+#include "unit/temporary_folder.h"
 
 namespace meshloom::train {
 namespace {

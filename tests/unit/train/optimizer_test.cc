@@ -11,7 +11,7 @@
 #include "meshloom/core/random.h"
 #include "meshloom/train/adamw.h"
 #include "meshloom/train/schedule.h"
-#include "temporary_folder.h"
+#include "unit/temporary_folder.h"
 
 namespace meshloom::train {
 namespace {
@@ -29,7 +29,7 @@ model::ParameterTable small_table() {
     spec.shape = std::move(shape);
     spec.offset = offset;
     spec.decay = decay;
-    offset += element_count(spec.shape);
+    offset += spec.elements();
     table.parameters.push_back(spec);
   };
   add("layer.0.weight", {3, 4}, true);
@@ -81,8 +81,7 @@ TEST(AdamW, AnyShardingFollowsTheDefinition) {
   EXPECT_EQ(settings[2].lr_factor, 0.5);
   std::vector<ParameterSetting> by_element;
   for (std::size_t p = 0; p < settings.size(); ++p) {
-    by_element.insert(by_element.end(),
-                      static_cast<std::size_t>(element_count(table.parameters[p].shape)),
+    by_element.insert(by_element.end(), static_cast<std::size_t>(table.parameters[p].elements()),
                       settings[p]);
   }
   const at::Tensor start = noise(table.elements, 1);

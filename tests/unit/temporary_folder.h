@@ -3,11 +3,9 @@
 #include <stdlib.h>
 
 #include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <string>
 
-namespace meshloom::model {
+namespace meshloom {
 
 /// A fresh folder that is removed with the object.
 class TemporaryFolder {
@@ -29,16 +27,6 @@ class TemporaryFolder {
   std::string path_;
 };
 
-inline std::string read_bytes(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-}
-
-inline void write_bytes(const std::string& path, const std::string& bytes) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-}
-
 /// The message of the error that `body` throws; empty where it throws none.
 template <class Failure, class Body>
 std::string message_of(const Body& body) {
@@ -50,4 +38,4 @@ std::string message_of(const Body& body) {
   return {};
 }
 
-}  // namespace meshloom::model
+}  // namespace meshloom
