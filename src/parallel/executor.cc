@@ -115,14 +115,29 @@ class RoutingCounter final : public model::RouterBalance {
   at::Tensor& counts_;
 };
 
-/// Clears what the flight recorder says this rank is doing, however the step ends.
-class RecorderContext {
+/// The rank's place in the plan for the flight recorder.
+comm::Label label_of(const plan::StepPlan& plan, const plan::Instruction& instruction) {
+  comm::Label label;
+  label.step = plan.step;
+  label.instruction = plan::to_string(instruction.op);
+  label.slot = instruction.slot;
+  label.unit = instruction.unit;
+  if (instruction.slot >= 0 && instruction.unit >= 0) {
+    label.samples = plan.slots[static_cast<std::size_t>(instruction.slot)]
+                        .units[static_cast<std::size_t>(instruction.unit)]
+                        .samples;
+  }
+  return label;
+}
+
+/// Says in the flight recorder what this rank is doing, and clears it however the step ends.
+class RecorderLabel {
  public:
-  explicit RecorderContext(const comm::Communicator& hdp) : recorder_(hdp.recorder()) {}
-  RecorderContext(const RecorderContext&) = delete;
-  RecorderContext& operator=(const RecorderContext&) = delete;
-  ~RecorderContext() { recorder_.set_context({}); }
-  void set(const std::string& context) { recorder_.set_context(context); }
+  explicit RecorderLabel(const comm::Communicator& hdp) : recorder_(hdp.recorder()) {}
+  RecorderLabel(const RecorderLabel&) = delete;
+  RecorderLabel& operator=(const RecorderLabel&) = delete;
+  ~RecorderLabel() { recorder_.set_label({}); }
+  void set(comm::Label label) { recorder_.set_label(std::move(label)); }
 
  private:
   comm::FlightRecorder& recorder_;
@@ -189,12 +204,12 @@ class Executor::Impl {
     RoutingCounter routing(step.balance, step.outcome.expert_counts);
     step.routing = &routing;
     if (step.training) step.state.zero_gradients();
-    RecorderContext recorder(hdp_);
+    RecorderLabel recorder(hdp_);
     for (const auto& instruction : program.instructions) {
       try {
-        recorder.set(describe(step.plan, instruction));
-        if (options_.before) options_.before(instruction);
+        recorder.set(label_of(step.plan, instruction));
         const auto begin = Clock::now();
+        if (options_.before) options_.before(instruction);
         const auto kind = execute(step, instruction);
         if (options_.record_spans) {
           record(step, kind, instruction, begin, Clock::now());

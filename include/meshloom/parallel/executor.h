@@ -45,7 +45,8 @@ struct StepOutcome {
 struct ExecutorOptions {
   double z_loss_coefficient = 0.0;
   bool record_spans = true;
-  /// Called before each instruction, e.g. to inject failures in tests; may throw.
+  /// Called before each instruction, within its measured time, e.g. to inject delays and failures
+  /// in tests; may throw.
   std::function<void(const plan::Instruction&)> before;
 };
 

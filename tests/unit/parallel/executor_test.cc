@@ -129,14 +129,19 @@ TEST(Executor, EveryCallCarriesInstructionSlotUnitAndSamplesInTheFlightRecorder)
     std::set<std::string> seen;
     for (const auto& record : hdp.recorder().records()) {
       seen.insert(record.purpose + ": " + record.context);
+      if (record.purpose != "exchange") continue;
+      EXPECT_EQ(record.label.step, 12);
+      EXPECT_EQ(record.label.unit, 0);
+      ASSERT_EQ(record.label.samples.size(), 1U);
+      EXPECT_EQ(record.label.samples[0] / 10, 4);  // samples 40 and 41
     }
     // 60 tokens on ranks that hold 32: each document is a unit of both, in its own slot.
     for (const char* expected : {
-             "exchange: step 12, forward, slot 0, unit 0 (ranks 0,1; samples 4",
-             "exchange: step 12, backward, slot 0, unit 0 (ranks 0,1; samples 4",
-             "exchange: step 12, forward, slot 1, unit 0 (ranks 0,1; samples 4",
-             "gradients: step 12, reduce",
-             "parameters: step 12, step",
+             "exchange: step 12 forward slot 0 unit 0 samples 4",
+             "exchange: step 12 backward slot 0 unit 0 samples 4",
+             "exchange: step 12 forward slot 1 unit 0 samples 4",
+             "gradients: step 12 reduce",
+             "parameters: step 12 step",
          }) {
       const auto found = seen.lower_bound(expected);
       EXPECT_TRUE(found != seen.end() && found->starts_with(expected)) << expected;
