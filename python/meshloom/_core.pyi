@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -571,6 +571,25 @@ class DataSection:
     @weights.setter
     def weights(self, arg0: collections.abc.Sequence[typing.SupportsFloat]) -> None:
         ...
+class ParallelSection:
+    """
+    How the model is spread over the layout's ranks.
+    """
+    pipeline: str
+    def __init__(self, **kwargs) -> None:
+        ...
+    @property
+    def split(self) -> list[int]:
+        ...
+    @split.setter
+    def split(self, arg0: collections.abc.Sequence[typing.SupportsInt]) -> None:
+        ...
+    @property
+    def zero(self) -> int:
+        ...
+    @zero.setter
+    def zero(self, arg0: typing.SupportsInt) -> None:
+        ...
 class CheckpointSection:
     """
     When to save, and how to resume.
@@ -612,6 +631,7 @@ class TrainConfig:
     model: ModelSection
     nan_policy: str
     optimizer: AdamWOptions
+    parallel: ParallelSection
     run: str
     save_plans: bool
     schedule: ScheduleOptions
@@ -839,6 +859,7 @@ class GradientsOptions:
     dtype: str
     layout: meshloom._plan.Layout
     model: str
+    parallel: ParallelSection
     plan: meshloom._plan.StepPlan | None
     strategy: str
     def __init__(self, **kwargs) -> None:

@@ -15,6 +15,7 @@ else:
 
 AdamWOptions = _core.AdamWOptions
 CheckpointSection = _core.CheckpointSection
+ParallelSection = _core.ParallelSection
 Communicator = _core.Communicator
 DataSection = _core.DataSection
 GradientsOptions = _core.GradientsOptions

@@ -64,8 +64,7 @@ at::Tensor AttentionLayer::forward(Pass& pass, const at::Tensor& x) const {
   pass.save(Activation::kLogSumExp, attention.lse);
   const HeldWeight weight(context.parameters, output_.weight);
   const HeldWeight bias(context.parameters, output_.bias);
-  return context.linear.row(attention.out.view({x.size(0), layout_.heads * layout_.head_dim}),
-                            *weight, *bias);
+  return context.linear.row(attention.out.flatten(1), *weight, *bias);
 }
 
 at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
@@ -75,14 +74,14 @@ at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::
   attention.lse = pass.restore(Activation::kLogSumExp);
   attention.out = pass.restore(Activation::kAttention);
   const at::Tensor qkv = pass.restore(Activation::kQkv);
-  const std::int64_t tokens = x.size(0);
 
   at::Tensor dout;
   {
     const HeldWeight weight(context.parameters, output_.weight);
-    dout = context.linear.row_backward(dy, *weight).view({tokens, layout_.heads, layout_.head_dim});
+    ShardedLinear::RowGradients through = context.linear.row_backward(dy, *weight);
+    dout = through.dx.view(attention.out.sizes());
+    sink.linear(output_.weight, through.dy, attention.out.flatten(1));
   }
-  sink.linear(output_.weight, dy, attention.out.view({tokens, layout_.heads * layout_.head_dim}));
   if (output_.bias) sink.add(output_.bias, ops::column_sum(dy));
 
   AttentionGradients gradients;
@@ -106,10 +105,10 @@ at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::
                               qkv.scalar_type());
   }
   gradients = {};
-  sink.linear(qkv_.weight, dqkv, x);
   if (qkv_.bias) sink.add(qkv_.bias, ops::column_sum(dqkv));
   const HeldWeight weight(context.parameters, qkv_.weight);
-  return context.linear.column_backward(dqkv, *weight);
+  return context.linear.column_backward(
+      dqkv, *weight, x, [&](const at::Tensor& all) { sink.linear(qkv_.weight, dqkv, all); });
 }
 
 }  // namespace meshloom::model::detail

@@ -110,12 +110,33 @@ at::Tensor LocalLinear::row(const at::Tensor& x, const at::Tensor& weight, const
   return ops::matmul_nt(x, weight, bias);
 }
 
-at::Tensor LocalLinear::column_backward(const at::Tensor& dy, const at::Tensor& weight) {
+at::Tensor LocalLinear::column_backward(const at::Tensor& dy, const at::Tensor& weight,
+                                        const at::Tensor& x, const WeightGradient& add) {
+  add(x);
   return ops::matmul_nn(dy, weight);
 }
 
-at::Tensor LocalLinear::row_backward(const at::Tensor& dy, const at::Tensor& weight) {
-  return ops::matmul_nn(dy, weight);
+ShardedLinear::RowGradients LocalLinear::row_backward(const at::Tensor& dy,
+                                                      const at::Tensor& weight) {
+  return {ops::matmul_nn(dy, weight), dy};
+}
+
+at::Tensor LocalLinear::embedding(const at::Tensor& tokens, const at::Tensor& weight) {
+  return ops::embedding(weight, tokens);
+}
+
+void LocalLinear::embedding_backward(
+    const at::Tensor& tokens, const at::Tensor& dy,
+    const std::function<void(const at::Tensor& ids, const at::Tensor& rows)>& add) {
+  add(tokens, dy);
+}
+
+ops::CrossEntropyOutput LocalLinear::cross_entropy(const at::Tensor& hidden,
+                                                   const at::Tensor& weight,
+                                                   const at::Tensor& labels, double loss_weight,
+                                                   const ops::LogitGradientSink* add) {
+  return add == nullptr ? ops::linear_cross_entropy_loss(hidden, weight, labels)
+                        : ops::linear_cross_entropy(hidden, weight, labels, loss_weight, *add);
 }
 
 void ResidentActivations::push(Activation kind, at::Tensor tensor) {

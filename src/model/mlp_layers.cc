@@ -65,19 +65,20 @@ at::Tensor DenseLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tens
   WeightGradSink& sink = *context.gradients;
   at::Tensor gate_up = pass.restore(Activation::kMlp);  // becomes its gradient
   {
-    at::Tensor activation;
+    ShardedLinear::RowGradients through;
     {
       const HeldWeight weight(context.parameters, down_.weight);
-      activation = context.linear.row_backward(dy, *weight);
+      through = context.linear.row_backward(dy, *weight);
     }
-    ops::swiglu_backward_(activation, gate_up);
-    sink.linear(down_.weight, dy, activation);
+    ops::swiglu_backward_(through.dx, gate_up);
+    sink.linear(down_.weight, through.dy, through.dx);
   }
   if (down_.bias) sink.add(down_.bias, ops::column_sum(dy));
-  sink.linear(gate_up_.weight, gate_up, x);
   if (gate_up_.bias) sink.add(gate_up_.bias, ops::column_sum(gate_up));
   const HeldWeight weight(context.parameters, gate_up_.weight);
-  return context.linear.column_backward(gate_up, *weight);
+  return context.linear.column_backward(gate_up, *weight, x, [&](const at::Tensor& all) {
+    sink.linear(gate_up_.weight, gate_up, all);
+  });
 }
 
 MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
@@ -110,7 +111,7 @@ at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
   at::Tensor balance;
   if (context.balance != nullptr) {
     balance = context.balance->observe(static_cast<int>(layer_), routed.probabilities,
-                                       routed.experts, context.batch);
+                                       routed.experts, context.stream);
   }
   DispatchedTokens tokens = context.dispatcher.dispatch(x, routed.experts, experts_);
   at::Tensor gate_up;
@@ -184,7 +185,7 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
       drows, dweights, tokens, x.size(0), router_options_.top_k);
   drows.reset();
   const at::Tensor dlogits = ops::route_backward(dispatched.weights, routed, router_options_,
-                                                 balance, balance_groups(context.batch, balance),
+                                                 balance, balance_groups(context.stream, balance),
                                                  context.z_loss_weight, x.scalar_type());
   sink.linear(router_, dlogits, x);
   const HeldWeight weight(context.parameters, router_);

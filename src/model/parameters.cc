@@ -6,34 +6,39 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "meshloom/core/check.h"
 #include "meshloom/core/random.h"
 
 namespace meshloom::model {
 namespace {
 
+/// Which part of a tensor a rank holds: [begin, end) of one dimension.
+struct Cut {
+  std::size_t dim = 0;
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  int copies = 1;
+};
+
 /// Appends a model's parameters in flat order.
 class TableBuilder {
  public:
-  explicit TableBuilder(const ModelConfig& config) : config_(config) {}
-
-  void weight(const std::string& name, std::vector<std::int64_t> shape, bool decay = true,
-              std::int64_t expert = -1) {
-    table_.append(
-        {.name = name + ".weight", .shape = std::move(shape), .decay = decay, .expert = expert});
-  }
-  void bias(const std::string& name, std::int64_t size) {
-    table_.append({.name = name + ".bias", .shape = {size}, .decay = false, .zeros = true});
-  }
-  void norm(const std::string& name, std::int64_t size) {
-    table_.append({.name = name + ".weight", .shape = {size}, .decay = false, .ones = true});
-  }
+  TableBuilder(const ModelConfig& config, TensorShard shard) : config_(config), shard_(shard) {}
 
   void embedding() {
-    weight("model.embed_tokens", {config_.vocab_size, config_.hidden_size}, false);
+    layer_ = -1;
+    vocabulary("model.embed_tokens", false);
   }
-
+  void head(bool tied) {
+    layer_ = config_.layers;
+    norm("model.norm", config_.hidden_size);
+    if (!tied) vocabulary("lm_head", true);
+  }
   void layer(std::int64_t index) {
+    layer_ = index;
     const std::string prefix = fmt::format("model.layers.{}.", index);
     norm(prefix + "input_layernorm", config_.hidden_size);
     attention(prefix + "self_attn.");
@@ -48,35 +53,82 @@ class TableBuilder {
   ParameterTable take() { return std::move(table_); }
 
  private:
+  void norm(const std::string& name, std::int64_t size) {
+    add({.name = name + ".weight", .shape = {size}, .decay = false, .ones = true});
+  }
+  void add(ParameterSpec spec, const std::optional<Cut>& cut = std::nullopt) {
+    spec.layer = layer_;
+    if (shard_.ranks > 1) {
+      spec.copies = shard_.ranks;
+      if (cut) {
+        spec.copies = cut->copies;
+        spec.whole = spec.shape;
+        spec.corner.assign(spec.shape.size(), 0);
+        spec.corner[cut->dim] = cut->begin;
+        spec.shape[cut->dim] = cut->end - cut->begin;
+      }
+    }
+    table_.append(std::move(spec));
+  }
+  void weight(const std::string& name, std::vector<std::int64_t> shape,
+              const std::optional<Cut>& cut = std::nullopt) {
+    add({.name = name + ".weight", .shape = std::move(shape)}, cut);
+  }
+  void bias(const std::string& name, std::int64_t size,
+            const std::optional<Cut>& cut = std::nullopt) {
+    add({.name = name + ".bias", .shape = {size}, .decay = false, .zeros = true}, cut);
+  }
+
+  [[nodiscard]] Cut even(std::size_t dim, std::int64_t size, std::int64_t unit = 1) const {
+    const auto [begin, end] = shard_range(size, shard_);
+    return {.dim = dim, .begin = begin * unit, .end = end * unit};
+  }
+
+  void vocabulary(const std::string& name, bool decay) {
+    add({.name = name + ".weight",
+         .shape = {config_.vocab_size, config_.hidden_size},
+         .decay = decay},
+        even(0, config_.vocab_size));
+  }
+
   void attention(const std::string& prefix) {
-    const std::int64_t q = config_.heads * config_.head_dim;
-    const std::int64_t kv = config_.kv_heads * config_.head_dim;
-    weight(prefix + "q_proj", {q, config_.hidden_size});
-    weight(prefix + "k_proj", {kv, config_.hidden_size});
-    weight(prefix + "v_proj", {kv, config_.hidden_size});
+    const std::int64_t dim = config_.head_dim;
+    const std::int64_t q = config_.heads * dim;
+    const std::int64_t kv = config_.kv_heads * dim;
+    const Cut of_q = even(0, config_.heads, dim);
+    Cut of_kv = even(0, config_.kv_heads, dim);
+    if (config_.kv_heads < shard_.ranks) {
+      of_kv.copies = shard_.ranks / static_cast<int>(config_.kv_heads);
+      of_kv.begin = shard_.rank / of_kv.copies * dim;
+      of_kv.end = of_kv.begin + dim;
+    }
+    weight(prefix + "q_proj", {q, config_.hidden_size}, of_q);
+    weight(prefix + "k_proj", {kv, config_.hidden_size}, of_kv);
+    weight(prefix + "v_proj", {kv, config_.hidden_size}, of_kv);
     if (config_.qkv_bias) {
-      bias(prefix + "q_proj", q);
-      bias(prefix + "k_proj", kv);
-      bias(prefix + "v_proj", kv);
+      bias(prefix + "q_proj", q, of_q);
+      bias(prefix + "k_proj", kv, of_kv);
+      bias(prefix + "v_proj", kv, of_kv);
     }
     if (config_.qk_norm) {
-      norm(prefix + "q_norm", config_.head_dim);
-      norm(prefix + "k_norm", config_.head_dim);
+      norm(prefix + "q_norm", dim);
+      norm(prefix + "k_norm", dim);
     }
-    weight(prefix + "o_proj", {config_.hidden_size, q});
+    weight(prefix + "o_proj", {config_.hidden_size, q}, even(1, config_.heads, dim));
     if (config_.output_bias) bias(prefix + "o_proj", config_.hidden_size);
   }
 
   void dense(const std::string& prefix) {
     const std::int64_t hidden = config_.hidden_size;
     const std::int64_t inner = config_.intermediate_size;
-    weight(prefix + "gate_proj", {inner, hidden});
-    weight(prefix + "up_proj", {inner, hidden});
+    const Cut features = even(0, inner);
+    weight(prefix + "gate_proj", {inner, hidden}, features);
+    weight(prefix + "up_proj", {inner, hidden}, features);
     if (config_.mlp_bias) {
-      bias(prefix + "gate_proj", inner);
-      bias(prefix + "up_proj", inner);
+      bias(prefix + "gate_proj", inner, features);
+      bias(prefix + "up_proj", inner, features);
     }
-    weight(prefix + "down_proj", {hidden, inner});
+    weight(prefix + "down_proj", {hidden, inner}, even(1, inner));
     if (config_.mlp_bias) bias(prefix + "down_proj", hidden);
   }
 
@@ -85,22 +137,64 @@ class TableBuilder {
     const std::string prefix = layer + (mixtral ? "block_sparse_moe." : "mlp.");
     const std::int64_t hidden = config_.hidden_size;
     const std::int64_t inner = config_.moe.intermediate_size;
-    const auto expert = [&](std::int64_t e, const char* name) {
-      return fmt::format("{}experts.{}.{}", prefix, e, name);
+    const auto expert = [&](std::int64_t e, const char* name, std::vector<std::int64_t> shape) {
+      add({.name = fmt::format("{}experts.{}.{}.weight", prefix, e, name),
+           .shape = std::move(shape),
+           .expert = e});
     };
     weight(prefix + "gate", {config_.moe.experts, hidden});
     for (std::int64_t e = 0; e < config_.moe.experts; ++e) {
-      weight(expert(e, mixtral ? "w1" : "gate_proj"), {inner, hidden}, true, e);
-      weight(expert(e, mixtral ? "w3" : "up_proj"), {inner, hidden}, true, e);
+      expert(e, mixtral ? "w1" : "gate_proj", {inner, hidden});
+      expert(e, mixtral ? "w3" : "up_proj", {inner, hidden});
     }
     for (std::int64_t e = 0; e < config_.moe.experts; ++e) {
-      weight(expert(e, mixtral ? "w2" : "down_proj"), {hidden, inner}, true, e);
+      expert(e, mixtral ? "w2" : "down_proj", {hidden, inner});
     }
   }
 
   const ModelConfig& config_;
+  TensorShard shard_;
+  std::int64_t layer_ = -1;
   ParameterTable table_;
 };
+
+/// Where an element of the held box lies in the checkpoint's tensor, row-major.
+std::uint64_t whole_index(const ParameterSpec& spec, std::int64_t element) {
+  if (spec.whole.empty()) return static_cast<std::uint64_t>(element);
+  std::int64_t index = 0;
+  std::int64_t stride = 1;
+  for (std::size_t d = spec.shape.size(); d-- > 0;) {
+    index += (spec.corner[d] + element % spec.shape[d]) * stride;
+    element /= spec.shape[d];
+    stride *= spec.whole[d];
+  }
+  return static_cast<std::uint64_t>(index);
+}
+
+/// Tensor-parallel sizes of up to `limit` that serve the heads.
+std::vector<int> serving_ranks(const ModelConfig& config, int limit) {
+  std::vector<int> result;
+  for (int ranks = 1; ranks <= limit; ++ranks) {
+    if (config.heads % ranks == 0 &&
+        (config.kv_heads % ranks == 0 || ranks % config.kv_heads == 0)) {
+      result.push_back(ranks);
+    }
+  }
+  return result;
+}
+
+void check_shard(const ModelConfig& config, TensorShard shard) {
+  constexpr const char* kWhere = "model.tensor_shard";
+  MESHLOOM_CHECK(0 <= shard.rank && shard.rank < shard.ranks, kWhere,
+                 fmt::format("rank {} of {}", shard.rank, shard.ranks));
+  const std::vector<int> serving =
+      serving_ranks(config, static_cast<int>(std::min<std::int64_t>(config.heads, 1024)));
+  if (std::find(serving.begin(), serving.end(), shard.ranks) != serving.end()) return;
+  throw InvalidArgument(
+      kWhere,
+      fmt::format("tp = {} does not fit {} query heads and {} key/value heads; these do: {}",
+                  shard.ranks, config.heads, config.kv_heads, fmt::join(serving, ", ")));
+}
 
 }  // namespace
 
@@ -140,21 +234,37 @@ std::int64_t ParameterTable::append(ParameterSpec spec) {
 
 ParameterTable parameter_table(const ModelConfig& config,
                                std::pair<std::int64_t, std::int64_t> layers, bool with_embedding,
-                               bool with_head) {
+                               bool with_head, TensorShard shard) {
   const auto [first, last] = layers;
   MESHLOOM_CHECK(
       0 <= first && first <= last && last <= config.layers, "model.parameter_table",
       fmt::format("layers [{}, {}) of a model of {} layers", first, last, config.layers));
   config.validate();
-  TableBuilder builder(config);
+  check_shard(config, shard);
+  TableBuilder builder(config, shard);
   const bool tied = config.tie_word_embeddings;
   if (with_embedding || (with_head && tied)) builder.embedding();
   for (std::int64_t layer = first; layer < last; ++layer) builder.layer(layer);
-  if (with_head) {
-    builder.norm("model.norm", config.hidden_size);
-    if (!tied) builder.weight("lm_head", {config.vocab_size, config.hidden_size});
-  }
+  if (with_head) builder.head(tied);
   return builder.take();
+}
+
+std::pair<std::int64_t, std::int64_t> shard_range(std::int64_t size, TensorShard shard) {
+  return {size * shard.rank / shard.ranks, size * (shard.rank + 1) / shard.ranks};
+}
+
+ModelConfig shard_config(const ModelConfig& config, TensorShard shard) {
+  check_shard(config, shard);
+  const auto part = [&](std::int64_t size) {
+    const auto [begin, end] = shard_range(size, shard);
+    return end - begin;
+  };
+  ModelConfig result = config;
+  result.heads = part(config.heads);
+  result.kv_heads = config.kv_heads < shard.ranks ? 1 : part(config.kv_heads);
+  result.intermediate_size = part(config.intermediate_size);
+  result.vocab_size = part(config.vocab_size);
+  return result;
 }
 
 ParameterHandle parameter_handle(const ParameterTable& table, const std::string& first,
@@ -194,7 +304,7 @@ void initialize_(at::Tensor& values, const ParameterTable& table, double range,
       double* data = block.data_ptr<double>();
       at::parallel_for(0, count, 1 << 13, [&](std::int64_t from, std::int64_t to) {
         for (std::int64_t i = from; i < to; ++i) {
-          data[i] = range * random_normal(key, static_cast<std::uint64_t>(begin + i));
+          data[i] = range * random_normal(key, whole_index(spec, begin + i));
         }
       });
       target.narrow(0, begin, count).copy_(block);

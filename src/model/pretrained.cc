@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <span>
 
 #include "meshloom/core/check.h"
 #include "model/internal/files.h"
@@ -37,10 +38,9 @@ at::Tensor flat_part(const at::Tensor& flat, const ParameterHandle& handle) {
   return flat.narrow(0, handle.offset, c10::multiply_integers(handle.shape)).view(handle.shape);
 }
 
-/// Finds the tensor, checks its shape. Empty for a tensor of another stage.
+/// Finds the tensor in the whole model's table, checks its shape.
 ParameterHandle match(const std::string& folder, const ModelConfig& config,
-                      const ParameterTable& table, const ParameterTable& whole,
-                      const TensorInfo& info) {
+                      const ParameterTable& whole, const TensorInfo& info) {
   const ParameterHandle expected = locate_tensor(config, whole, info.name);
   if (!expected) {
     throw DataError(kLoadWhere,
@@ -58,18 +58,34 @@ ParameterHandle match(const std::string& folder, const ModelConfig& config,
                                             "point",
                                             folder, info.name, c10::toString(info.dtype)));
   }
-  return locate_tensor(config, table, info.name);
+  return expected;
 }
 
-/// Marks the parameters that a handle covers; returns whether one of them was marked before.
-bool mark(const ParameterTable& table, const ParameterHandle& handle, std::vector<bool>& seen) {
-  const std::int64_t end = handle.offset + c10::multiply_integers(handle.shape);
-  auto spec = std::lower_bound(
-      table.parameters.begin(), table.parameters.end(), handle.offset,
-      [](const ParameterSpec& s, std::int64_t offset) { return s.offset < offset; });
+/// The parameters that a handle covers.
+std::span<const ParameterSpec> covered(const ParameterTable& table, const ParameterHandle& handle) {
+  const auto at = [&](std::int64_t offset) {
+    return std::lower_bound(table.parameters.begin(), table.parameters.end(), offset,
+                            [](const ParameterSpec& s, std::int64_t o) { return s.offset < o; });
+  };
+  return {at(handle.offset), at(handle.offset + c10::multiply_integers(handle.shape))};
+}
+
+/// Copies what is held here of one checkpoint tensor's parameters.
+/// @param covers  of the whole model, in `tensor` from `offset` on
+/// @returns whether one of them was there before.
+bool take(const ParameterTable& table, std::span<const ParameterSpec> covers, std::int64_t offset,
+          const at::Tensor& tensor, at::Tensor& values, std::vector<bool>& seen) {
   bool again = false;
-  for (; spec != table.parameters.end() && spec->offset < end; ++spec) {
-    auto flag = seen[std::size_t(spec - table.parameters.begin())];
+  const at::Tensor flat = tensor.view({-1});
+  for (const ParameterSpec& whole : covers) {
+    const ParameterSpec* own = table.find_if(whole.name);
+    if (own == nullptr) continue;
+    at::Tensor box = flat_part(flat, {whole.offset - offset, whole.shape});
+    for (std::size_t d = 0; d < own->corner.size(); ++d) {
+      box = box.narrow(static_cast<std::int64_t>(d), own->corner[d], own->shape[d]);
+    }
+    flat_part(values, {own->offset, own->shape}).copy_(box);
+    auto flag = seen[std::size_t(own - table.parameters.data())];
     again = again || flag;
     flag = true;
   }
@@ -175,25 +191,30 @@ void load_pretrained(const std::string& folder, const ModelConfig& config,
   for (const SafetensorsFolder::Entry& entry : files.entries()) {
     const std::string& name = entry.info->name;
     if (is_ignored(name)) continue;
-    const ParameterHandle handle = match(folder, config, table, whole, *entry.info);
-    if (!handle) continue;
+    const ParameterHandle handle = match(folder, config, whole, *entry.info);
     if (name == "lm_head.weight" && config.tie_word_embeddings) {
       tied_head = &entry;
       continue;
     }
-    if (mark(table, handle, seen)) {
+    const std::span<const ParameterSpec> covers = covered(whole, handle);
+    if (std::none_of(covers.begin(), covers.end(),
+                     [&](const ParameterSpec& s) { return table.find_if(s.name) != nullptr; })) {
+      continue;
+    }
+    if (take(table, covers, handle.offset, entry.file->tensor(name), values, seen)) {
       throw DataError(kLoadWhere,
                       fmt::format("{}: tensor \"{}\" is there under two names", folder, name));
     }
-    flat_part(values, handle).copy_(entry.file->tensor(name));
   }
   require_all(folder, table, seen);
-  if (tied_head != nullptr) {
-    const at::Tensor embedding =
-        flat_part(values, locate_tensor(config, table, "lm_head.weight")).to(at::kCPU);
-    const at::Tensor head =
-        tied_head->file->tensor(tied_head->info->name).to(embedding.scalar_type());
-    if (!at::equal(embedding, head)) {
+  const ParameterSpec* embedding = table.find_if("model.embed_tokens.weight");
+  if (tied_head != nullptr && embedding != nullptr) {
+    at::Tensor head = tied_head->file->tensor(tied_head->info->name);
+    for (std::size_t d = 0; d < embedding->corner.size(); ++d) {
+      head = head.narrow(static_cast<std::int64_t>(d), embedding->corner[d], embedding->shape[d]);
+    }
+    const at::Tensor own = flat_part(values, {embedding->offset, embedding->shape}).to(at::kCPU);
+    if (!at::equal(own, head.to(own.scalar_type()))) {
       throw DataError(kLoadWhere, fmt::format("{}: lm_head.weight differs from the embedding that "
                                               "tie_word_embeddings ties it to",
                                               folder));
@@ -207,7 +228,7 @@ NamedTensors views_like_checkpoint(const std::string& folder, const ModelConfig&
   NamedTensors result;
   for (const SafetensorsFolder::Entry& entry : files.entries()) {
     if (is_ignored(entry.info->name)) continue;
-    const ParameterHandle handle = match(folder, config, table, table, *entry.info);
+    const ParameterHandle handle = match(folder, config, table, *entry.info);
     result.emplace_back(entry.info->name, flat_part(flat, handle));
   }
   return result;

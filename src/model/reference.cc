@@ -21,7 +21,7 @@ class SingleRank {
       : stage_(build_stage(config, {0, config.layers}, true, true)), flat_(values, gradients) {}
 
   StageContext context(const SequenceBatch& batch, bool training) {
-    StageContext result{batch, flat_, attention_, dispatcher_, linear_};
+    StageContext result{batch, batch, flat_, attention_, dispatcher_, linear_};
     if (training) {
       result.gradients = &flat_;
       result.activations = &activations_;

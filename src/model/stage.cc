@@ -56,7 +56,8 @@ void check_vocabulary(const SequenceBatch& batch, std::int64_t vocabulary) {
 class DecoderLayer {
  public:
   DecoderLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
-      : eps_(config.rms_norm_eps),
+      : layer_(layer),
+        eps_(config.rms_norm_eps),
         attention_(config, table, layer),
         mlp_(config.moe_layers.at(std::size_t(layer))
                  ? std::variant<DenseLayer, MoeLayer>(MoeLayer(config, table, layer))
@@ -83,6 +84,7 @@ class DecoderLayer {
     });
     sublayer_backward(pass, dh, input_norm_,
                       [&](const at::Tensor& x) { return attention_.backward(pass, dh, x); });
+    pass.context.gradients->layer_done(layer_);
   }
 
  private:
@@ -112,6 +114,7 @@ class DecoderLayer {
     pass.context.gradients->add(norm, ops::rms_norm_backward_(dh, dx, input, *weight, rstd));
   }
 
+  std::int64_t layer_;
   double eps_;
   AttentionLayer attention_;
   std::variant<DenseLayer, MoeLayer> mlp_;
@@ -122,12 +125,13 @@ class DecoderLayer {
 class DecoderStage final : public Stage {
  public:
   DecoderStage(const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers,
-               bool with_embedding, bool with_head)
-      : config_(config), table_(parameter_table(config, layers, with_embedding, with_head)) {
+               bool with_embedding, bool with_head, TensorShard shard)
+      : config_(config), table_(parameter_table(config, layers, with_embedding, with_head, shard)) {
+    const ModelConfig own = shard_config(config, shard);
     for (std::int64_t i = layers.first; i < layers.second; ++i) {
-      layers_.emplace_back(config_, table_, i);
+      layers_.emplace_back(own, table_, i);
     }
-    const std::vector<std::int64_t> vocabulary{config.vocab_size, config.hidden_size};
+    const std::vector<std::int64_t> vocabulary{own.vocab_size, config.hidden_size};
     const char* embedding = "model.embed_tokens.weight";
     if (with_embedding) embedding_ = parameter_handle(table_, embedding, vocabulary);
     if (with_head) {
@@ -150,13 +154,9 @@ class DecoderStage final : public Stage {
     if (embedding_) {
       check_vocabulary(context.batch, config_.vocab_size);
       const HeldWeight weight(context.parameters, embedding_);
-      h.stream = ops::embedding(*weight, tokens_of(context.batch.tokens));
+      h.stream = context.linear.embedding(tokens_of(context.batch.tokens), *weight);
     } else {
-      MESHLOOM_CHECK(
-          input.defined() && input.dim() == 2 && input.size(0) == context.batch.size() &&
-              input.size(1) == config_.hidden_size,
-          "model.stage",
-          fmt::format("input must be [{}, {}]", context.batch.size(), config_.hidden_size));
+      check_stream(context, input, "input");
       h.stream = input;
     }
     pass.tables = rope_tables(context, h.stream.scalar_type());
@@ -185,22 +185,29 @@ class DecoderStage final : public Stage {
     if (head_) {
       dh = head_backward(pass);
     } else {
-      MESHLOOM_CHECK(
-          dhidden.defined() && dhidden.dim() == 2 && dhidden.size(0) == context.batch.size() &&
-              dhidden.size(1) == config_.hidden_size,
-          "model.stage",
-          fmt::format("dhidden must be [{}, {}]", context.batch.size(), config_.hidden_size));
+      check_stream(context, dhidden, "dhidden");
       dh = dhidden.clone();
     }
     for (auto layer = layers_.rbegin(); layer != layers_.rend(); ++layer) {
       layer->backward(pass, dh);
     }
     if (!embedding_) return dh;
-    context.gradients->embedding(embedding_, tokens_of(context.batch.tokens), dh);
+    context.linear.embedding_backward(tokens_of(context.batch.tokens), dh,
+                                      [&](const at::Tensor& ids, const at::Tensor& rows) {
+                                        context.gradients->embedding(embedding_, ids, rows);
+                                      });
+    context.gradients->layer_done(-1);
     return {};
   }
 
  private:
+  void check_stream(const StageContext& context, const at::Tensor& x, const char* name) const {
+    const std::int64_t rows = context.linear.own_rows(context.batch.size()).size();
+    MESHLOOM_CHECK(
+        x.defined() && x.dim() == 2 && x.size(0) == rows && x.size(1) == config_.hidden_size,
+        "model.stage", fmt::format("{} must be [{}, {}]", name, rows, config_.hidden_size));
+  }
+
   static at::Tensor tokens_of(const at::Tensor& tokens) {
     return tokens.defined() ? tokens : at::empty({0}, at::TensorOptions().dtype(at::kLong));
   }
@@ -226,12 +233,12 @@ class DecoderStage final : public Stage {
     }
     const HeldWeight weight(context.parameters, head_);
     const at::Tensor labels = tokens_of(context.batch.labels);
-    if (!pass.saves()) return ops::linear_cross_entropy_loss(normed.y, *weight, labels).loss_sum;
-    ops::CrossEntropyOutput loss =
-        ops::linear_cross_entropy(normed.y, *weight, labels, context.loss_weight,
-                                  [&](const at::Tensor& dlogits, const at::Tensor& rows) {
-                                    context.gradients->linear(head_, dlogits, rows);
-                                  });
+    const ops::LogitGradientSink add = [&](const at::Tensor& dlogits, const at::Tensor& rows) {
+      context.gradients->linear(head_, dlogits, rows);
+    };
+    ops::CrossEntropyOutput loss = context.linear.cross_entropy(
+        normed.y, *weight, labels, context.loss_weight, pass.saves() ? &add : nullptr);
+    if (!pass.saves()) return loss.loss_sum;
     pass.save(Activation::kLayerInput, h.stream);
     pass.save(Activation::kNorm, normed.rstd);
     pass.save(Activation::kHead, loss.dhidden);
@@ -245,6 +252,7 @@ class DecoderStage final : public Stage {
     at::Tensor dh = at::zeros_like(dnormed);
     const HeldWeight weight(pass.context.parameters, norm_);
     pass.context.gradients->add(norm_, ops::rms_norm_backward_(dh, dnormed, input, *weight, rstd));
+    pass.context.gradients->layer_done(config_.layers);
     return dh;
   }
 
@@ -261,13 +269,8 @@ class DecoderStage final : public Stage {
 
 std::unique_ptr<Stage> build_stage(const ModelConfig& config,
                                    std::pair<std::int64_t, std::int64_t> layers,
-                                   bool with_embedding, bool with_head) {
-  MESHLOOM_CHECK(
-      0 <= layers.first && layers.first < layers.second && layers.second <= config.layers,
-      "model.build_stage",
-      fmt::format("layers [{}, {}) of a model of {} layers", layers.first, layers.second,
-                  config.layers));
-  return std::make_unique<DecoderStage>(config, layers, with_embedding, with_head);
+                                   bool with_embedding, bool with_head, TensorShard shard) {
+  return std::make_unique<DecoderStage>(config, layers, with_embedding, with_head, shard);
 }
 
 }  // namespace meshloom::model

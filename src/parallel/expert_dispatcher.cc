@@ -209,11 +209,4 @@ model::DispatchGradients ExpertDispatcher::dispatch_backward(const at::Tensor& d
           .weights = weights.view({tokens, experts_per_token})};
 }
 
-DispatcherFactory make_dispatcher_factory(const std::optional<ExpertParallel>& experts) {
-  if (!experts) return {};
-  return [shared = std::make_shared<const ExpertParallel>(*experts)](SpanSink spans) {
-    return std::make_unique<ExpertDispatcher>(shared->group, shared->map, std::move(spans));
-  };
-}
-
 }  // namespace meshloom::parallel

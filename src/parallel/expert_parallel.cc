@@ -29,18 +29,4 @@ ExpertMap ExpertMap::even(std::int64_t experts, int ranks) {
   return {std::move(owners), ranks};
 }
 
-std::optional<ExpertParallel> make_expert_parallel(comm::Communicator hdp, const Layout& layout,
-                                                   std::int64_t experts) {
-  layout.validate();
-  MESHLOOM_CHECK_EQ(hdp.size(), layout.hdp, "parallel.expert_parallel", "ranks of the HDP axis");
-  if (layout.ep == 1) return std::nullopt;
-  const int group = hdp.rank() / layout.ep;
-  const int member = hdp.rank() % layout.ep;
-  auto neighbours = hdp.split(group, hdp.rank(), "ep");
-  auto replicas = hdp.split(member, hdp.rank(), "experts");
-  return ExpertParallel{.group = *std::move(neighbours),
-                        .replicas = *std::move(replicas),
-                        .map = ExpertMap::even(experts, layout.ep)};
-}
-
 }  // namespace meshloom::parallel

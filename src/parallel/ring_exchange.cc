@@ -44,6 +44,10 @@ const char* to_string(Span::Kind kind) {
       return "wait";
     case Span::Kind::kDispatch:
       return "dispatch";
+    case Span::Kind::kTensor:
+      return "tensor";
+    case Span::Kind::kPipeline:
+      return "pipeline";
     case Span::Kind::kReduce:
       return "reduce";
     case Span::Kind::kStep:

@@ -50,26 +50,56 @@ void check_document(const plan::SampleInfo& info, const SampleTokens& document,
   }
 }
 
+using SampleIndex = std::unordered_map<std::int64_t, const plan::SampleInfo*>;
+
+SampleIndex index_samples(const plan::StepPlan& plan) {
+  SampleIndex by_id;
+  for (const auto& sample : plan.samples) by_id.emplace(sample.id, &sample);
+  return by_id;
+}
+
+/// What a member of a unit holds of its samples.
+std::vector<model::DocumentSlice> member_documents(const SampleIndex& by_id, const plan::Unit& unit,
+                                                   int index) {
+  const int degree = static_cast<int>(unit.ranks.size());
+  std::vector<model::DocumentSlice> documents;
+  for (const auto id : unit.samples) {
+    const auto& info = *by_id.at(id);
+    documents.push_back({.sample = id,
+                         .length = info.tokens,
+                         .ranges = plan::member_ranges(info.tokens, degree, index)});
+  }
+  return documents;
+}
+
+std::int64_t count_tokens(const std::vector<model::DocumentSlice>& documents) {
+  std::int64_t rows = 0;
+  for (const auto& document : documents) rows += document.tokens();
+  return rows;
+}
+
 }  // namespace
 
 model::SequenceBatch build_batch(const plan::StepPlan& plan, const plan::Unit& unit, int index,
                                  const SampleLoader& load, c10::Device device,
                                  std::int64_t vocabulary) {
-  std::unordered_map<std::int64_t, const plan::SampleInfo*> by_id;
-  for (const auto& sample : plan.samples) by_id.emplace(sample.id, &sample);
-  const int degree = static_cast<int>(unit.ranks.size());
+  const auto by_id = index_samples(plan);
   model::SequenceBatch batch;
-  std::int64_t rows = 0;
-  for (const auto id : unit.samples) {
-    const auto& info = *by_id.at(id);
-    batch.documents.push_back({.sample = id,
-                               .length = info.tokens,
-                               .ranges = plan::member_ranges(info.tokens, degree, index)});
-    rows += batch.documents.back().tokens();
-  }
+  batch.documents = member_documents(by_id, unit, index);
+  const std::int64_t rows = count_tokens(batch.documents);
   const auto host = at::TensorOptions().dtype(at::kLong);
-  batch.tokens = at::empty({rows}, host);
   batch.positions = at::empty({rows}, host);
+  if (!load) {
+    auto* position = batch.positions.mutable_data_ptr<std::int64_t>();
+    for (const auto& slice : batch.documents) {
+      for (const auto& range : slice.ranges) {
+        for (auto t = range.begin; t < range.end; ++t) *position++ = t;
+      }
+    }
+    batch.positions = batch.positions.to(device);
+    return batch;
+  }
+  batch.tokens = at::empty({rows}, host);
   batch.labels = at::empty({rows}, host);
   auto* tokens = batch.tokens.mutable_data_ptr<std::int64_t>();
   auto* positions = batch.positions.mutable_data_ptr<std::int64_t>();
@@ -95,6 +125,10 @@ model::SequenceBatch build_batch(const plan::StepPlan& plan, const plan::Unit& u
     batch.labels = batch.labels.to(device);
   }
   return batch;
+}
+
+std::int64_t member_tokens(const plan::StepPlan& plan, const plan::Unit& unit, int index) {
+  return count_tokens(member_documents(index_samples(plan), unit, index));
 }
 
 model::SequenceBatch empty_batch(c10::Device device) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "meshloom/core/check.h"
@@ -106,15 +108,16 @@ class Lowering {
 
   /// Position in the model and number of layers of every (stage, chunk).
   void find_pieces() {
-    const auto pieces = static_cast<std::int64_t>(schedule_.placement.size());
+    const auto pieces = static_cast<int>(schedule_.placement.size());
     piece_.resize(schedule_.placement.size());
-    layers_.resize(schedule_.placement.size());
-    for (std::int64_t v = 0; v < pieces; ++v) {
+    for (int v = 0; v < pieces; ++v) {
       const StageChunk& place = schedule_.placement[static_cast<std::size_t>(v)];
-      piece_[chunk_index(place.stage, place.chunk)] = static_cast<int>(v);
-      layers_[static_cast<std::size_t>(v)] =
-          static_cast<int>((v + 1) * options_.layers / pieces - v * options_.layers / pieces);
+      piece_[chunk_index(place.stage, place.chunk)] = v;
     }
+    layers_ = options_.split.empty() ? even_split(options_.layers, pieces) : options_.split;
+    MESHLOOM_CHECK_EQ(std::ssize(layers_), pieces, "plan.compile", "pieces of the split");
+    MESHLOOM_CHECK_EQ(std::accumulate(layers_.begin(), layers_.end(), 0), options_.layers,
+                      "plan.compile", "layers of the split");
   }
 
   [[nodiscard]] std::size_t chunk_index(int stage, int chunk) const {

@@ -153,6 +153,14 @@ Schedule make_schedule(const std::string& given, const Layout& layout, int slots
   return kind->make(layout, slots);
 }
 
+std::vector<int> even_split(int layers, int pieces) {
+  std::vector<int> split;
+  for (std::int64_t v = 0; v < pieces; ++v) {
+    split.push_back(static_cast<int>((v + 1) * layers / pieces - v * layers / pieces));
+  }
+  return split;
+}
+
 void check_schedule(const Schedule& schedule, const Layout& layout, int slots) {
   (void)detail::timetable(schedule, layout, slots);
 }

@@ -201,17 +201,19 @@ class CheckpointReader::Impl {
   void fill(const model::ParameterSpec& spec, std::int64_t begin, std::int64_t end,
             const std::vector<StoredSlice>& slices, const at::Tensor& part) const {
     const std::vector<TensorBlock> wanted = blocks_of_range(spec.shape, begin, end);
+    const std::vector<std::int64_t>& whole = spec.whole_shape();
     std::int64_t filled = 0;
     for (const StoredSlice& slice : slices) {
-      if (slice.shape != spec.shape) {
+      if (slice.shape != whole) {
         throw DataError(kReadWhere, fmt::format("{}: \"{}\" has shape [{}], the model's is [{}]",
                                                 folder_, spec.name, fmt::join(slice.shape, ", "),
-                                                fmt::join(spec.shape, ", ")));
+                                                fmt::join(whole, ", ")));
       }
       at::Tensor loaded;
       std::int64_t at = 0;
-      for (const TensorBlock& block : wanted) {
+      for (TensorBlock block : wanted) {
         const std::int64_t size = block.elements();
+        for (std::size_t d = 0; d < spec.corner.size(); ++d) block.offset[d] += spec.corner[d];
         const TensorBlock common = intersect(block, slice.block);
         if (common.elements() > 0) {
           if (!loaded.defined()) loaded = load_slice(slice.file, spec.name, slice);

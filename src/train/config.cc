@@ -54,6 +54,9 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   check.at_least("layout.pp", c.layout.pp, 1);
   check.at_least("layout.ep", c.layout.ep, 1);
   check.at_least("layout.chunks", c.layout.chunks, 1);
+  if (c.parallel.zero < 1 || c.parallel.zero > 3) {
+    check.add("parallel.zero", fmt::format("got {}, expected 1, 2 or 3", c.parallel.zero));
+  }
   if (!std::regex_match(c.device, std::regex("cpu|cuda(:[0-9]+)?"))) {
     check.add("device", fmt::format("got \"{}\", expected cpu, cuda or cuda:N", c.device));
   }

@@ -74,6 +74,12 @@ void fields(auto& visit, Is<ParameterRule> auto& rule) {
   visit("frozen", rule.frozen);
 }
 
+void fields(auto& visit, Is<ParallelSection> auto& parallel) {
+  visit("zero", parallel.zero);
+  visit("pipeline", parallel.pipeline);
+  visit("split", parallel.split);
+}
+
 void fields(auto& visit, Is<CheckpointSection> auto& checkpoint) {
   visit("every_steps", checkpoint.every_steps);
   visit("every_minutes", checkpoint.every_minutes);
@@ -86,6 +92,7 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("seed", config.seed);
   visit("steps", config.steps);
   visit("layout", config.layout);
+  visit("parallel", config.parallel);
   visit("device", config.device);
   visit("dtype", config.dtype);
   visit("deterministic", config.deterministic);

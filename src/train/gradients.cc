@@ -15,8 +15,9 @@
 #include "meshloom/model/safetensors.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/expert_dispatcher.h"
-#include "meshloom/parallel/stage_state.h"
+#include "meshloom/parallel/groups.h"
+#include "meshloom/parallel/model_placement.h"
+#include "meshloom/parallel/model_state.h"
 #include "meshloom/plan/strategy.h"
 #include "train/internal/collective.h"
 #include "train/internal/setup.h"
@@ -31,6 +32,7 @@ plan::StepPlan plan_documents(const GradientsOptions& options, const Layout& lay
                               const std::vector<data::Document>& documents) {
   plan::PlanProblem problem;
   problem.layout = layout;
+  if (options.parallel.zero > 1) problem.lockstep = plan::Lockstep::kHdp;
   std::int64_t total = 0;
   std::int64_t longest = 0;
   for (std::size_t i = 0; i < documents.size(); ++i) {
@@ -103,8 +105,9 @@ GradientsResult gradients(const GradientsOptions& options,
                           const std::vector<data::Document>& documents, comm::Communicator world) {
   const detail::Hosts hosts = detail::find_hosts(world);
   std::optional<detail::LocalFailure> failure;
-  std::shared_ptr<model::Stage> stage;
-  std::unique_ptr<parallel::StageState> state;
+  parallel::ModelPlacement placement;
+  std::vector<std::shared_ptr<model::Stage>> stages;
+  std::unique_ptr<parallel::ModelState> state;
   std::unique_ptr<model::BalanceLoss> balance;
   model::ModelConfig config;
   std::string plan_text;
@@ -114,6 +117,9 @@ GradientsResult gradients(const GradientsOptions& options,
     layout = detail::resolve_layout(options.layout, world.size(), kGradientsWhere);
     device = detail::parse_device(options.device, hosts.local_rank);
     config = model::ModelConfig::load(options.model + "/config.json");
+    placement =
+        parallel::place_model(config, layout, options.parallel.pipeline, options.parallel.split,
+                              parallel::parse_zero(options.parallel.zero));
     check_documents(documents, config.vocab_size);
     if (options.capacity_tokens < 0) {
       throw InvalidArgument(
@@ -124,16 +130,16 @@ GradientsResult gradients(const GradientsOptions& options,
     failure = detail::current_failure();
   }
   detail::agree(world, kGradientsWhere, failure);
-  const std::optional<parallel::ExpertParallel> experts =
-      parallel::make_expert_parallel(world, layout, config.moe.experts);
+  parallel::Groups groups(world, placement);
+  const plan::CompileOptions compile =
+      detail::compile_options(placement, options.parallel.pipeline);
   try {
-    stage = model::build_stage(config, {0, config.layers}, true, true);
-    state = std::make_unique<parallel::StageState>(stage->parameters(), world, experts,
+    stages = parallel::build_stages(placement, groups.at());
+    state = std::make_unique<parallel::ModelState>(placement, groups,
                                                    detail::parse_dtype_name(options.dtype), device);
-    at::Tensor values =
-        at::empty({stage->parameters().elements}, at::TensorOptions().dtype(state->compute()));
-    model::load_pretrained(options.model, config, stage->parameters(), values);
-    state->assign(values);
+    state->assign([&](const model::ParameterTable& table, at::Tensor& values) {
+      model::load_pretrained(options.model, config, table, values);
+    });
     if (options.aux_loss) {
       balance = model::make_balance_loss("global", config.moe.aux_loss_coefficient, config);
     }
@@ -141,7 +147,7 @@ GradientsResult gradients(const GradientsOptions& options,
       if (options.plan) check_given_plan(*options.plan, layout, documents);
       const plan::StepPlan plan =
           options.plan ? *options.plan : plan_documents(options, layout, documents);
-      detail::verify_step(plan, {.layers = static_cast<int>(config.layers)});
+      detail::verify_step(plan, compile);
       if (plan.total_loss_tokens() == 0) {
         throw InvalidArgument(kGradientsWhere, fmt::format("none of {} documents has a loss token",
                                                            documents.size()));
@@ -155,16 +161,17 @@ GradientsResult gradients(const GradientsOptions& options,
 
   GradientsResult result;
   result.plan = plan::StepPlan::from_json(detail::broadcast_text(world, plan_text, 0));
-  const plan::Program program = detail::without_update(
-      plan::compile_rank(result.plan, {.layers = static_cast<int>(config.layers)}, world.rank()));
+  plan::Program program = plan::compile_rank(result.plan, compile, world.rank());
+  std::erase_if(program.instructions, [](const plan::Instruction& instruction) {
+    return instruction.op == plan::Op::kStep;
+  });
   const parallel::SampleLoader load = [&](std::int64_t sample) {
     const data::Document& document = documents.at(static_cast<std::size_t>(sample));
     return parallel::SampleTokens{document.tokens, document.loss_mask};
   };
   parallel::ExecutorOptions executor_options;
   executor_options.record_spans = false;
-  parallel::Executor executor(stage, world, executor_options, parallel::make_exchange,
-                              parallel::make_dispatcher_factory(experts));
+  parallel::Executor executor(stages, placement, groups, executor_options);
   const auto sum = [&](at::Tensor& counts) {
     world.all_reduce_(counts, comm::ReduceOp::kSum, {.timeout = std::nullopt, .purpose = "balance"})
         .wait();
@@ -188,8 +195,9 @@ GradientsResult gradients(const GradientsOptions& options,
   }
   result.loss =
       result.loss / static_cast<double>(result.plan.total_loss_tokens()) + result.aux_loss;
-  for (auto& [name, gradient] :
-       model::views_like_checkpoint(options.model, config, stage->parameters(), summed)) {
+  for (auto& [name, gradient] : model::views_like_checkpoint(
+           options.model, config, model::parameter_table(config, {0, config.layers}, true, true),
+           summed)) {
     result.names.push_back(name);
     result.gradients.push_back(gradient.cpu().clone());
   }

@@ -81,11 +81,6 @@ Layout resolve_layout(Layout layout, int world_size, const char* where) {
     throw InvalidArgument(where, fmt::format("layout {} needs {} ranks, the world has {}",
                                              layout.to_string(), layout.world_size(), world_size));
   }
-  if (layout.tp > 1 || layout.pp > 1 || layout.chunks > 1) {
-    throw NotSupported(where, fmt::format("layout {}: tp, pp and chunks above 1 are not built; hdp "
-                                          "and ep are",
-                                          layout.to_string()));
-  }
   return layout;
 }
 
@@ -94,11 +89,12 @@ void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options
   plan::verify(plan, plan::compile(plan, options));
 }
 
-plan::Program without_update(plan::Program program) {
-  std::erase_if(program.instructions, [](const plan::Instruction& instruction) {
-    return instruction.op == plan::Op::kReduce || instruction.op == plan::Op::kStep;
-  });
-  return program;
+plan::CompileOptions compile_options(const parallel::ModelPlacement& placement,
+                                     const std::string& schedule) {
+  return {.layers = static_cast<int>(placement.config.layers),
+          .schedule = schedule,
+          .table = nullptr,
+          .split = placement.split};
 }
 
 }  // namespace meshloom::train::detail

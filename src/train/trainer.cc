@@ -103,7 +103,9 @@ void Trainer::Impl::save_pretrained(const std::string& folder) {
       std::filesystem::create_directories(temporary);
       model::SaveOptions options;
       options.dtype = state_->compute();
-      model::save_pretrained(temporary.string(), model_, stage_->parameters(), values, options);
+      model::save_pretrained(temporary.string(), model_,
+                             model::parameter_table(model_, {0, model_.layers}, true, true), values,
+                             options);
       if (std::filesystem::exists(base)) std::filesystem::rename(base, old);
       std::filesystem::rename(temporary, base);
       std::filesystem::remove_all(old);

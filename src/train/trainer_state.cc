@@ -101,7 +101,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
       failure = detail::current_failure();
     }
     agree(kStateWhere, failure);
-    experts_ = parallel::make_expert_parallel(world_, config_.layout, model_.moe.experts);
+    groups_.emplace(world_, placement_);
     try {
       build(std::move(strategy));
     } catch (const std::exception&) {
@@ -125,6 +125,9 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
 void Trainer::Impl::resolve() {
   config_.layout = detail::resolve_layout(config_.layout, world_.size(), kStateWhere);
   config_.resolve(world_.size());
+  placement_ =
+      parallel::place_model(model_, config_.layout, config_.parallel.pipeline,
+                            config_.parallel.split, parallel::parse_zero(config_.parallel.zero));
   if (config_.deterministic && !world_.deterministic()) {
     throw InvalidArgument(kStateWhere,
                           fmt::format("deterministic: the {} communicator reduces in any order; "
@@ -142,15 +145,23 @@ void Trainer::Impl::resolve() {
 void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   const c10::DeviceGuard guard(device_);
 
-  stage_ = model::build_stage(model_, {0, model_.layers}, true, true);
-  state_ = std::make_unique<parallel::StageState>(stage_->parameters(), world_, experts_,
+  stages_ = parallel::build_stages(placement_, groups_->at());
+  state_ = std::make_unique<parallel::ModelState>(placement_, *groups_,
                                                   detail::parse_dtype_name(config_.dtype), device_);
-  initialize_weights();
+  // Masters take the full precision of the source, not of the compute dtype.
+  state_->assign([&](const model::ParameterTable& table, at::Tensor& values) {
+    if (config_.model.path.empty()) {
+      model::initialize_(values, table, model_.initializer_range, config_.seed);
+    } else {
+      model::load_pretrained(config_.model.path, model_, table, values);
+    }
+  });
   const std::vector<ParameterSetting> settings =
-      parameter_settings(stage_->parameters(), config_.optimizer, config_.rules);
-  for (const parallel::StageState::Part& part : state_->parts()) {
-    optimizers_.emplace_back(part.table, settings, part.zero.own_range(), part.zero.master(),
-                             config_.optimizer);
+      parameter_settings(model::parameter_table(model_, {0, model_.layers}, true, true),
+                         config_.optimizer, config_.rules);
+  for (const parallel::ModelState::Part& part : state_->parts()) {
+    optimizers_.emplace_back(part.space.table(), settings, part.space.own_range(),
+                             part.space.master(), config_.optimizer);
   }
   const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
                                                                 : config_.aux_loss_coefficient;
@@ -164,8 +175,7 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
-  executor_ = std::make_unique<parallel::Executor>(stage_, world_, options, parallel::make_exchange,
-                                                   parallel::make_dispatcher_factory(experts_));
+  executor_ = std::make_unique<parallel::Executor>(stages_, placement_, *groups_, options);
 
   if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));
   fit_costs_ = !config_.cost && !config_.deterministic;
@@ -175,35 +185,19 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   problem.layout = config_.layout;
   problem.capacity_tokens = config_.capacity_tokens;
   problem.ranks_per_node = hosts_.ranks_per_host;
+  if (placement_.zero != parallel::Zero::kOptimizer) problem.lockstep = plan::Lockstep::kHdp;
   planner_ = std::make_unique<detail::StepPlanner>(
       loader_, std::move(strategy), config_.strategy, std::move(problem),
-      plan::CompileOptions{.layers = static_cast<int>(model_.layers)});
-}
-
-void Trainer::Impl::initialize_weights() {
-  // Masters take the full precision of the source, not of the compute dtype.
-  const at::ScalarType type = state_->parts().front().zero.master().scalar_type();
-  if (!config_.model.path.empty()) {
-    const model::ParameterTable& table = stage_->parameters();
-    at::Tensor full = at::empty({table.elements}, type);
-    model::load_pretrained(config_.model.path, model_, table, full);
-    state_->assign(full);
-    return;
-  }
-  for (parallel::StageState::Part& part : state_->parts()) {
-    at::Tensor full = at::empty({part.table.elements}, type);
-    model::initialize_(full, part.table, model_.initializer_range, config_.seed);
-    part.zero.assign(full);
-  }
+      detail::compile_options(placement_, config_.parallel.pipeline));
 }
 
 std::vector<CheckpointPart> Trainer::Impl::shard_states() const {
   std::vector<CheckpointPart> result;
   for (std::size_t i = 0; i < optimizers_.size(); ++i) {
-    const parallel::StageState::Part& part = state_->parts()[i];
-    result.push_back({.table = part.table,
-                      .range = part.zero.own_range(),
-                      .states = {{.name = "master", .values = part.zero.master()},
+    const parallel::ShardedSpace& space = state_->parts()[i].space;
+    result.push_back({.table = space.table(),
+                      .range = space.own_range(),
+                      .states = {{.name = "master", .values = space.master()},
                                  {.name = "exp_avg", .values = optimizers_[i].exp_avg()},
                                  {.name = "exp_avg_sq", .values = optimizers_[i].exp_avg_sq()}}});
   }

@@ -49,8 +49,15 @@ std::vector<std::size_t> unit_offsets(const plan::StepPlan& plan) {
   return offsets;
 }
 
-bool finite_gradients(const parallel::StageState::Part& part) {
-  return at::isfinite(part.zero.gradients()).all().item<bool>();
+/// Whether gradients are finite: of the units that this rank ran where `own`, else those that hold
+/// other ranks' too, of experts and of parts that ZeRO sums as it goes.
+bool finite_gradients(parallel::ModelState& state, bool own) {
+  return std::all_of(state.parts().begin(), state.parts().end(), [&](auto& part) {
+    const bool sums = part.space.zero() != parallel::Zero::kOptimizer;
+    if (own == (sums || part.place.set == parallel::ReplicaSet::kExpert)) return true;
+    const at::Tensor& gradient = sums ? part.space.shard_gradient() : part.space.gradients();
+    return at::isfinite(gradient).all().template item<bool>();
+  });
 }
 
 std::int64_t exchange_sent(const comm::Communicator& world) {
@@ -113,7 +120,7 @@ void Trainer::Impl::count_routing(const plan::Program& program,
 void Trainer::Impl::update(Update& result) {
   double own = 0.0;
   for (std::size_t i = 0; i < optimizers_.size(); ++i) {
-    own += optimizers_[i].squared_norm(state_->parts()[i].zero.shard_gradient());
+    own += optimizers_[i].squared_norm(state_->parts()[i].space.shard_gradient());
   }
   double squares = 0.0;
   // Shards cover every parameter once. Summed in rank order on every rank: the same norm
@@ -130,7 +137,7 @@ void Trainer::Impl::update(Update& result) {
   const bool clips = clip > 0.0 && result.norm + kClipEpsilon > clip;
   const double scale = clips ? clip / (result.norm + kClipEpsilon) : 1.0;
   for (std::size_t i = 0; i < optimizers_.size(); ++i) {
-    at::Tensor gradient = state_->parts()[i].zero.shard_gradient();
+    at::Tensor gradient = state_->parts()[i].space.shard_gradient();
     optimizers_[i].step(gradient, factor, scale);
   }
 }
@@ -160,7 +167,7 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
   enum : int { kNone = -1 };
   double slot = kNone;
   double unit = kNone;
-  double experts_slot = kNone;
+  double shared_slot = kNone;
   for (const parallel::UnitOutcome& entry : outcome.units) {
     if (std::isfinite(entry.loss_sum)) continue;
     slot = entry.slot;
@@ -168,7 +175,7 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
     break;
   }
   const char* what = "loss";
-  bool of_experts = false;
+  bool of_group = false;
   std::vector<std::vector<double>> found = detail::gather_numbers(world_, {slot, unit});
   const auto none = [&] {
     return std::all_of(found.begin(), found.end(), [](const auto& rank) { return rank[0] < 0; });
@@ -181,17 +188,17 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
       if (!part.instructions.empty()) {
         static_cast<void>(executor_->run(order.plan, part, load, *state_, nullptr, [] {}));
         const bool idle = part.instructions.front().unit < 0;
-        if (!idle && !finite_gradients(state_->parts().front())) {
+        if (!idle && !finite_gradients(*state_, true)) {
           slot = s;
           unit = part.instructions.front().unit;
-        } else if (!finite_gradients(state_->parts().back())) {
-          experts_slot = s;  // tokens of any unit that its group met
+        } else if (!finite_gradients(*state_, false)) {
+          shared_slot = s;  // tokens of any unit that its group met
         }
       }
       found = detail::gather_numbers(world_, {slot, unit});
       if (!none()) break;
-      found = detail::gather_numbers(world_, {experts_slot, kNone});
-      of_experts = !none();
+      found = detail::gather_numbers(world_, {shared_slot, kNone});
+      of_group = !none();
     }
   }
   std::size_t blamed = found.size();
@@ -209,12 +216,14 @@ void Trainer::Impl::diagnose(const plan::Program& program, const detail::StepOrd
     const auto at_slot = static_cast<std::size_t>(found[blamed][0]);
     const std::vector<plan::Unit>& units = order.plan.slots.at(at_slot).units;
     std::vector<std::string> guilty;
-    if (of_experts) {
-      what = "gradient of the experts";
-      const int group = static_cast<int>(blamed) / config_.layout.ep;
+    if (of_group) {
+      const bool sharded = placement_.zero != parallel::Zero::kOptimizer;
+      what = sharded ? "summed gradient" : "gradient of the experts";
+      const int width = sharded ? config_.layout.hdp : config_.layout.ep;
+      const int group = config_.layout.coordinates(static_cast<int>(blamed)).hdp / width;
       for (std::size_t u = 0; u < units.size(); ++u) {
         if (std::any_of(units[u].ranks.begin(), units[u].ranks.end(),
-                        [&](int rank) { return rank / config_.layout.ep == group; })) {
+                        [&](int rank) { return rank / width == group; })) {
           guilty.push_back(describe_unit(u, units[u], order.membership));
         }
       }
@@ -247,7 +256,8 @@ void Trainer::Impl::fit_cost(const std::vector<double>& busy, const std::vector<
         seen.square_sum += length * length;
         seen.token_sum += length;
       }
-      seen.busy_seconds = busy[index] / seen.degree;
+      // The model's costs are those of one stage of one tensor-parallel rank.
+      seen.busy_seconds = busy[index] / (seen.degree * config_.layout.tp * config_.layout.pp);
       seen.wait_seconds = std::max(0.0, wait[index]);
       cost_fit_.add(seen);
       ++index;
@@ -272,10 +282,10 @@ void Trainer::Impl::load_metrics(const at::Tensor& counts, StepMetrics& metrics)
     worst = std::max(worst, imbalance);
     sum += imbalance;
     ++layers;
-    if (!experts_) continue;
-    std::vector<double> loads(static_cast<std::size_t>(experts_->map.ranks()), 0.0);
+    if (config_.layout.ep == 1) continue;
+    std::vector<double> loads(static_cast<std::size_t>(config_.layout.ep), 0.0);
     for (std::int64_t e = 0; e < model_.moe.experts; ++e) {
-      loads[static_cast<std::size_t>(experts_->map.owner(e))] += own[e];
+      loads[static_cast<std::size_t>(placement_.experts.owner(e))] += own[e];
     }
     busiest_rank = std::max(busiest_rank, *std::max_element(loads.begin(), loads.end()) *
                                               static_cast<double>(loads.size()) / total);
@@ -283,7 +293,7 @@ void Trainer::Impl::load_metrics(const at::Tensor& counts, StepMetrics& metrics)
   if (layers == 0) return;
   metrics.extra["expert_imbalance"] = sum / layers;
   metrics.extra["expert_imbalance_worst"] = worst;
-  if (experts_) metrics.extra["expert_rank_imbalance_worst"] = busiest_rank;
+  if (config_.layout.ep > 1) metrics.extra["expert_rank_imbalance_worst"] = busiest_rank;
 }
 
 void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
@@ -310,7 +320,8 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
       wait[index] += length;
       busy[index] -= length;
       busy_all -= length;
-    } else if (span.kind == Kind::kDispatch) {
+    } else if (span.kind == Kind::kDispatch || span.kind == Kind::kTensor ||
+               span.kind == Kind::kPipeline) {
       busy[index] -= length;
       busy_all -= length;
     }
@@ -394,10 +405,10 @@ StepMetrics Trainer::Impl::step() {
   metrics.skipped = metrics.loss_tokens == 0;
   if (!metrics.skipped) {
     const parallel::SampleLoader load = sample_loader(order.membership);
-    const plan::Program program =
-        plan::compile_rank(last_plan_, {.layers = static_cast<int>(model_.layers)}, world_.rank());
+    const plan::Program program = plan::compile_rank(
+        last_plan_, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
     const std::int64_t sent = exchange_sent(world_);
-    if (balance_) count_routing(detail::without_update(program), load);
+    if (balance_) count_routing(program, load);
     outcome =
         executor_->run(last_plan_, program, load, *state_, balance_.get(), [&] { update(result); });
     metrics.exchange_bytes = exchange_sent(world_) - sent;
@@ -437,6 +448,7 @@ double Trainer::Impl::evaluate() {
     problem.layout = config_.layout;
     problem.capacity_tokens = config_.capacity_tokens;
     problem.ranks_per_node = hosts_.ranks_per_host;
+    if (placement_.zero != parallel::Zero::kOptimizer) problem.lockstep = plan::Lockstep::kHdp;
     problem.cost = cost_fit_.model();
     problem.samples = order.membership.samples;
     order.plan = plan::make_plan(problem, "balanced");
@@ -444,12 +456,11 @@ double Trainer::Impl::evaluate() {
   });
   const detail::StepOrder order =
       detail::StepOrder::from_bytes(detail::broadcast_text(world_, bytes, 0));
-  const plan::Program program = detail::without_update(
-      plan::compile_rank(order.plan, {.layers = static_cast<int>(model_.layers)}, world_.rank()));
+  const plan::Program program = plan::compile_rank(
+      order.plan, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
   parallel::ExecutorOptions options;
   options.record_spans = false;
-  parallel::Executor evaluator(stage_, world_, options, parallel::make_exchange,
-                               parallel::make_dispatcher_factory(experts_));
+  parallel::Executor evaluator(stages_, placement_, *groups_, options);
   const parallel::StepOutcome outcome =
       evaluator.evaluate(order.plan, program, sample_loader(order.membership), *state_);
   double loss = 0.0;

@@ -192,6 +192,22 @@ void YamlSection::read(const char* key, std::vector<double>& field) {
   for (const auto& entry : *node) field.push_back(real(entry, key));
 }
 
+void YamlSection::read(const char* key, std::vector<int>& field) {
+  const auto node = find(key);
+  if (!node) return;
+  if (!node->IsSequence()) {
+    fail(*node, key, fmt::format("expected a list of integers, got {}", kind_of(*node)));
+  }
+  field.clear();
+  for (const auto& entry : *node) {
+    int value = 0;
+    if (!entry.IsScalar() || !YAML::convert<int>::decode(entry, value)) {
+      fail(entry, key, "expected a list of integers");
+    }
+    field.push_back(value);
+  }
+}
+
 void YamlSection::read(const char* key, std::vector<std::string>& field) {
   const auto node = find(key);
   if (!node) return;

@@ -23,11 +23,12 @@ struct DocumentSlice {
 
 /// One rank's share of one unit: T tokens, document by document, no padding. T may be 0.
 struct SequenceBatch {
-  at::Tensor tokens;     ///< int64 [T]
+  at::Tensor tokens;     ///< int64 [T]; undefined in stages without embedding
   at::Tensor positions;  ///< int64 [T], within the document
-  at::Tensor labels;     ///< int64 [T], the next token of the document or kIgnoreLabel
+  /// int64 [T], the next token of the document or kIgnoreLabel; undefined in stages without head.
+  at::Tensor labels;
   std::vector<DocumentSlice> documents;
-  [[nodiscard]] std::int64_t size() const { return tokens.defined() ? tokens.size(0) : 0; }
+  [[nodiscard]] std::int64_t size() const { return positions.defined() ? positions.size(0) : 0; }
 };
 
 }  // namespace meshloom::model

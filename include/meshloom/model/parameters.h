@@ -13,16 +13,30 @@
 
 namespace meshloom::model {
 
-/// A tensor of the checkpoint, by its Hugging Face name.
+/// One rank's place in a tensor-parallel group.
+struct TensorShard {
+  int rank = 0;
+  int ranks = 1;
+};
+
+/// A tensor of the checkpoint, by its Hugging Face name, or the box of it that is held here.
 struct MESHLOOM_API ParameterSpec {
   std::string name;
-  std::vector<std::int64_t> shape;
-  std::int64_t offset = 0;  ///< elements from the start of the flat space
-  bool decay = true;        ///< weight decay by default (not for norms, biases, embeddings)
-  bool ones = false;        ///< initialised to one (norm weights); biases to zero; else normal
+  std::vector<std::int64_t> shape;     ///< of what is held here
+  std::vector<std::int64_t> whole{};   ///< of the checkpoint's tensor; empty: all of it is here
+  std::vector<std::int64_t> corner{};  ///< where the box begins in it; empty with `whole`
+  std::int64_t offset = 0;             ///< elements from the start of the flat space
+  bool decay = true;  ///< weight decay by default (not for norms, biases, embeddings)
+  bool ones = false;  ///< initialised to one (norm weights); biases to zero; else normal
   bool zeros = false;
   std::int64_t expert = -1;  ///< which routed expert it belongs to; -1: none
+  std::int64_t layer = -1;   ///< decoder layer; -1: embedding; config.layers: final norm and head
+  int copies = 1;            ///< neighbours in the tensor-parallel group that hold the same box
   [[nodiscard]] std::int64_t elements() const;
+  /// Shape of the checkpoint's tensor.
+  [[nodiscard]] const std::vector<std::int64_t>& whole_shape() const {
+    return whole.empty() ? shape : whole;
+  }
 };
 
 /// Handle of what a layer asks for: `count` neighbouring tensors seen as one, e.g. q, k and v
@@ -55,10 +69,23 @@ struct MESHLOOM_API ParameterTable {
 /// norms, output projection, post-attention norm, then gate, up, down, or the router and all
 /// experts' (gate, up) and all experts' down; final norm; head. Names are the Hub checkpoints':
 /// experts one by one. With tied embeddings the head is the embedding's tensor.
-/// @throws InvalidArgument  the layer range is outside the model.
+/// With a tensor shard: q, k, v by whole heads, gate and up by features, output and down
+/// projections by input features, embedding and head by vocabulary; all other parameters are whole
+/// on every rank, experts too. With fewer K/V heads than ranks, neighbours hold the same one.
+/// @throws InvalidArgument  the layer range is outside the model, or the shard's ranks don't divide
+///   the heads: says which ranks do.
 [[nodiscard]] MESHLOOM_API ParameterTable
 parameter_table(const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers,
-                bool with_embedding, bool with_head);
+                bool with_embedding, bool with_head, TensorShard shard = {});
+
+/// The sizes that one rank of a tensor-parallel group computes with: its heads, its features of
+/// dense layers, its part of the vocabulary.
+/// @throws InvalidArgument  as `parameter_table`.
+[[nodiscard]] MESHLOOM_API ModelConfig shard_config(const ModelConfig& config, TensorShard shard);
+
+/// The part of `size` that one rank holds: [floor(size r / n), floor(size (r + 1) / n)).
+[[nodiscard]] MESHLOOM_API std::pair<std::int64_t, std::int64_t> shard_range(std::int64_t size,
+                                                                             TensorShard shard);
 
 /// Handle of parameter `first` and the neighbours after it that `shape` takes in.
 /// @throws InvalidArgument  unknown name, or the elements from it on do not make up `shape`.
@@ -95,6 +122,8 @@ class MESHLOOM_API WeightGradSink {
                          const at::Tensor& dy) = 0;
   /// grad += value (norms, biases).
   virtual void add(const ParameterHandle& handle, const at::Tensor& value) = 0;
+  /// All gradients of this micro-batch to parameters of `layer` (ParameterSpec::layer) were given.
+  virtual void layer_done(std::int64_t /*layer*/) {}
 };
 
 /// One resident flat buffer of parameters and one of gradients: both seams for a single rank (and

@@ -22,7 +22,8 @@ namespace meshloom::model {
                                                          const std::string& name);
 
 /// Reads the weights of a Hugging Face folder into a flat buffer, converting to its dtype.
-/// @param table   of the whole model or of one stage: other layers' tensors are left out.
+/// @param table   what is held here: of the whole model, one stage, some experts, or boxes of
+/// tensors.
 /// @param values  [table.elements], any device; written.
 /// @throws IoError, DataError  unreadable or malformed files; a tensor that is missing, unexpected,
 ///   of the wrong shape or not floating point, by name. `values` may be partly written.

@@ -22,6 +22,9 @@ namespace meshloom::model {
 /// Everything a stage asks of the world while it runs one micro-batch. Not owned.
 struct StageContext {
   const SequenceBatch& batch;
+  /// The batch's rows that this rank holds of the residual stream, `linear.own_rows` of them: the
+  /// batch itself without tensor parallelism. Only `documents` are read.
+  const SequenceBatch& stream;
   ParameterSource& parameters;
   AttentionExchange& attention;
   TokenDispatcher& dispatcher;
@@ -35,7 +38,7 @@ struct StageContext {
 
 /// What a stage's forward gives.
 struct StageOutput {
-  at::Tensor hidden;        ///< [T, hidden] for the next stage; undefined with a head
+  at::Tensor hidden;        ///< [own rows, hidden] for the next stage; undefined with a head
   double loss_sum = 0.0;    ///< with a head: unweighted sum of token losses of this micro-batch
   double z_loss_sum = 0.0;  ///< unweighted sum over tokens and MoE layers of logsumexp^2
 };
@@ -52,7 +55,7 @@ class MESHLOOM_API Stage {
   /// Parameters of this stage, in its own flat space.
   [[nodiscard]] virtual const ParameterTable& parameters() const = 0;
 
-  /// @param input  [T, hidden] from the previous stage; ignored with an embedding.
+  /// @param input  [own rows, hidden] from the previous stage; ignored with an embedding.
   virtual StageOutput forward(const StageContext& context, const at::Tensor& input) = 0;
 
   /// @param dhidden  gradient of `hidden`; ignored with a head (the loss was scaled by
@@ -61,9 +64,12 @@ class MESHLOOM_API Stage {
   virtual at::Tensor backward(const StageContext& context, const at::Tensor& dhidden) = 0;
 };
 
-/// @throws InvalidArgument  the layer range is empty or outside the model.
+/// @param layers  may be empty, e.g. for a stage of the head alone
+/// @param shard   this rank's part of a tensor-parallel stage, see `parameter_table`
+/// @throws InvalidArgument  the layer range is outside the model, or the shard's ranks don't divide
+///   the heads.
 [[nodiscard]] MESHLOOM_API std::unique_ptr<Stage> build_stage(
     const ModelConfig& config, std::pair<std::int64_t, std::int64_t> layers, bool with_embedding,
-    bool with_head);
+    bool with_head, TensorShard shard = {});
 
 }  // namespace meshloom::model

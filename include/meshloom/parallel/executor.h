@@ -11,12 +11,12 @@
 #include "meshloom/core/export.h"
 #include "meshloom/model/router_balance.h"
 #include "meshloom/model/stage.h"
-#include "meshloom/model/token_dispatcher.h"
+#include "meshloom/parallel/exchange.h"
+#include "meshloom/parallel/groups.h"
+#include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/parameter_state.h"
-#include "meshloom/parallel/ring_exchange.h"
 #include "meshloom/parallel/sample_batch.h"
 #include "meshloom/parallel/span.h"
-#include "meshloom/parallel/zero1.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/step_plan.h"
 
@@ -32,9 +32,11 @@ struct UnitOutcome {
 
 /// What one rank knows after running its program.
 struct StepOutcome {
-  double loss_sum = 0.0;  ///< token losses of this rank's micro-batches, unweighted
+  /// Token losses of this rank's micro-batches, unweighted: of ranks with a head, and of those the
+  /// first of each tensor-parallel group. Sums over all ranks are the step's.
+  double loss_sum = 0.0;
   double z_loss_sum = 0.0;
-  std::int64_t tokens = 0;  ///< processed by this rank
+  std::int64_t tokens = 0;  ///< whose losses are in loss_sum
   std::vector<UnitOutcome> units;
   /// fp64 [layers, experts]: times that this rank's tokens chose each expert; undefined for dense
   /// models and in `evaluate`.
@@ -50,44 +52,32 @@ struct ExecutorOptions {
   std::function<void(const plan::Instruction&)> before;
 };
 
-/// Makes the attention exchange of one micro-batch; the default is RingExchange for D > 1 and
-/// LocalAttention for D = 1. `buffers` are the executor's, shared by all its micro-batches.
-using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
-    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
-    std::shared_ptr<ExchangeBuffers> buffers)>;
+/// The model chunks that a rank runs, by chunk.
+[[nodiscard]] MESHLOOM_API std::vector<std::shared_ptr<model::Stage>> build_stages(
+    const ModelPlacement& placement, const Coordinates& at);
 
-/// @throws NotSupported  the unit's exchange is not built; names it.
-[[nodiscard]] MESHLOOM_API std::unique_ptr<model::AttentionExchange> make_exchange(
-    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
-    std::shared_ptr<ExchangeBuffers> buffers = {});
-
-/// Makes the token dispatcher of one micro-batch.
-using DispatcherFactory = std::function<std::unique_ptr<model::TokenDispatcher>(SpanSink spans)>;
-
-/// Interpreter of Programs on tensors, for one rank: a table from instruction to action, and the
-/// micro-batches in flight. The optimizer update is the caller's (`on_step`). Every call that it
-/// makes carries step, instruction, slot, unit and samples in the flight recorder. Not thread safe.
+/// Interpreter of Programs on tensors, for one rank of any layout: a table from instruction to
+/// action, and the micro-batches in flight. The optimizer update is the caller's (`on_step`). Every
+/// call that it makes carries step, instruction, slot, unit and samples in the flight recorder. Not
+/// thread safe.
 class MESHLOOM_API Executor {
  public:
-  /// @param stage  the model chunk of this rank; the caller may share it with other executors
-  /// @param hdp    communicator over the HDP axis
-  /// @param dispatcher  none: every rank holds all experts; plans with ep > 1 are then refused
-  Executor(std::shared_ptr<model::Stage> stage, comm::Communicator hdp,
-           ExecutorOptions options = {}, ExchangeFactory exchange = make_exchange,
-           DispatcherFactory dispatcher = {});
+  /// @param stages     from `build_stages`; the caller may share them with other executors
+  /// @param placement  what the stages, the groups and the state were made from
+  /// @param exchange   makes the attention exchange of each unit
+  Executor(std::vector<std::shared_ptr<model::Stage>> stages, const ModelPlacement& placement,
+           Groups groups, ExecutorOptions options = {}, ExchangeFactory exchange = make_exchange);
   ~Executor();
   Executor(const Executor&) = delete;
   Executor& operator=(const Executor&) = delete;
 
-  /// Runs `program` of `plan`. Collective over the HDP axis. Gradients accumulate in `state`, which
+  /// Runs `program` of `plan`. Collective over the world. Gradients accumulate in `state`, which
   /// is zeroed first; kReduce sums them, kStep calls `on_step`, then gathers parameters.
   /// @param balance  balance loss of MoE layers; may be null. The `sequence` form's counts are
-  /// summed
-  ///   over the unit here.
-  /// @throws NotSupported     a layout with tp, pp, ep or chunks above 1, or offload: names it;
-  ///   nothing has run.
-  /// @throws InvalidArgument  plan, program and communicator do not belong together; nothing has
-  /// run.
+  ///   summed over the unit here.
+  /// @throws NotSupported     offload: names slot and unit; nothing has run.
+  /// @throws InvalidArgument  plan, program and groups do not belong together, or ZeRO 2 or 3
+  ///   under a plan that is not in lockstep; nothing has run.
   /// @throws Error  with step, slot, unit and samples added to its text; the communicator is
   ///   aborted with that text, gradients are undefined, parameters are those before the step unless
   ///   kStep had begun.

@@ -9,7 +9,6 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/token_dispatcher.h"
-#include "meshloom/parallel/executor.h"
 #include "meshloom/parallel/expert_parallel.h"
 #include "meshloom/parallel/span.h"
 
@@ -68,10 +67,5 @@ class MESHLOOM_API ExpertDispatcher final : public model::TokenDispatcher {
   at::Tensor position_;
   SpanSink spans_;
 };
-
-/// What an executor of this rank dispatches with; empty without expert parallelism. Dispatchers do
-/// not outlive the factory.
-[[nodiscard]] MESHLOOM_API DispatcherFactory
-make_dispatcher_factory(const std::optional<ExpertParallel>& experts);
 
 }  // namespace meshloom::parallel

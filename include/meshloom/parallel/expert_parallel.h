@@ -1,12 +1,10 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
-#include "meshloom/mesh/layout.h"
 
 namespace meshloom::parallel {
 
@@ -38,16 +36,8 @@ class MESHLOOM_API ExpertMap {
 
 /// Expert parallelism as one rank sees it.
 struct ExpertParallel {
-  comm::Communicator group;     ///< `ep` neighbours of the HDP axis that share out the experts
-  comm::Communicator replicas;  ///< the hdp / ep ranks that hold the same experts
+  comm::Communicator group;  ///< `ep` neighbours of the HDP axis that share out the experts
   ExpertMap map;
 };
-
-/// Splits the HDP axis into groups of layout.ep neighbours. Collective over `hdp`.
-/// @param experts  of a layer; 0 for a dense model
-/// @returns nothing for ep = 1.
-/// @throws InvalidArgument  `hdp` has another size than the layout's.
-[[nodiscard]] MESHLOOM_API std::optional<ExpertParallel> make_expert_parallel(
-    comm::Communicator hdp, const Layout& layout, std::int64_t experts);
 
 }  // namespace meshloom::parallel

@@ -23,6 +23,7 @@ using SampleLoader = std::function<SampleTokens(std::int64_t sample)>;
 
 /// Member `index`'s share of a unit: slices as DESIGN.md (Plan 9) cuts them, labels shifted before
 /// slicing.
+/// @param load  none: positions and documents alone, for a stage without embedding or head
 /// @param vocabulary  0: unknown
 /// @throws DataError  a document's length or number of targets is not what the plan says, or a
 /// token
@@ -32,6 +33,10 @@ using SampleLoader = std::function<SampleTokens(std::int64_t sample)>;
                                                             const SampleLoader& load,
                                                             c10::Device device,
                                                             std::int64_t vocabulary = 0);
+
+/// Tokens that member `index` of a unit holds.
+[[nodiscard]] MESHLOOM_API std::int64_t member_tokens(const plan::StepPlan& plan,
+                                                      const plan::Unit& unit, int index);
 
 /// A batch of no tokens: what an idle member of a lockstep group runs.
 [[nodiscard]] MESHLOOM_API model::SequenceBatch empty_batch(c10::Device device);

@@ -17,6 +17,8 @@ struct Span {
     kExchange,  ///< keys and values in flight, from posting to arrival; overlaps computation
     kWait,      ///< the part of an exchange that computation did not hide
     kDispatch,  ///< waiting for tokens on their way to experts or back
+    kTensor,    ///< waiting for rows of the tensor-parallel group
+    kPipeline,  ///< waiting for activations of another stage, or their gradients
     kReduce,
     kStep,
   };

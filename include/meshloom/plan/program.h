@@ -76,6 +76,7 @@ struct CompileOptions {
   std::string schedule{};  ///< by name, as in `make_schedule`
   /// A table of one's own instead.
   std::shared_ptr<const Schedule> table = nullptr;
+  std::vector<int> split{};  ///< decoder layers of each piece of the model; empty: even
 };
 
 /// Programs of all ranks, in world-rank order. A pure function of its inputs. Every rank's program

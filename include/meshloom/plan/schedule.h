@@ -45,6 +45,9 @@ struct Schedule {
 [[nodiscard]] MESHLOOM_API Schedule make_schedule(const std::string& name, const Layout& layout,
                                                   int slots);
 
+/// Decoder layers of each of `pieces` pieces: floor(v L / n) to floor((v + 1) L / n).
+[[nodiscard]] MESHLOOM_API std::vector<int> even_split(int layers, int pieces);
+
 /// Refuses a table that can't be carried out: pieces without a place, computations missing,
 /// repeated or out of order, stages that wait for each other.
 /// @throws PlanError  names stage, chunk and slot.

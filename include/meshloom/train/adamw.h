@@ -8,7 +8,7 @@
 
 #include "meshloom/core/export.h"
 #include "meshloom/model/parameters.h"
-#include "meshloom/parallel/zero1.h"
+#include "meshloom/parallel/sharded_space.h"
 #include "meshloom/train/config.h"
 
 namespace meshloom::train {

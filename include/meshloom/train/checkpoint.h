@@ -12,21 +12,13 @@
 #include "meshloom/core/export.h"
 #include "meshloom/mesh/layout.h"
 #include "meshloom/model/parameters.h"
-#include "meshloom/parallel/zero1.h"
+#include "meshloom/model/tensor_block.h"
+#include "meshloom/parallel/sharded_space.h"
 
 namespace meshloom::train {
 
-/// A box of a row-major tensor.
-struct TensorBlock {
-  std::vector<std::int64_t> offset;
-  std::vector<std::int64_t> extent;
-  [[nodiscard]] std::int64_t elements() const;
-  friend bool operator==(const TensorBlock&, const TensorBlock&) = default;
-};
-
-/// Elements [begin, end) of a row-major tensor as boxes in memory order: at most 2 rank - 1.
-[[nodiscard]] MESHLOOM_API std::vector<TensorBlock> blocks_of_range(
-    const std::vector<std::int64_t>& shape, std::int64_t begin, std::int64_t end);
+using model::blocks_of_range;
+using model::TensorBlock;
 
 /// A state that has one value a parameter element, e.g. "master" or "exp_avg": what this rank holds
 /// of it.

@@ -68,13 +68,21 @@ struct CheckpointSection {
   std::string resume = "auto";
 };
 
+/// How the model is spread over the layout's ranks.
+struct ParallelSection {
+  int zero = 1;  ///< what is sharded over replicas: 1 optimizer state, 2 gradients, 3 parameters
+  std::string pipeline;    ///< schedule by name; empty: 1f1b, with chunks interleaved_1f1b
+  std::vector<int> split;  ///< layers of each piece of the pipeline; empty: even
+};
+
 /// One training run, as config.yaml says it. Unknown keys are refused by name, with the
 /// nearest known one.
 struct MESHLOOM_API TrainConfig {
   std::string run = "runs/run";
   std::uint64_t seed = 0;
   std::int64_t steps = 100;
-  Layout layout{.hdp = 0};        ///< hdp 0: all ranks
+  Layout layout{.hdp = 0};  ///< hdp 0: all ranks
+  ParallelSection parallel;
   std::string device = "cpu";     ///< cpu, cuda (the rank's local device), cuda:N
   std::string dtype = "float32";  ///< compute: float32, bfloat16, float64
   bool deterministic = false;

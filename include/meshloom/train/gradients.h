@@ -9,6 +9,7 @@
 #include "meshloom/core/export.h"
 #include "meshloom/data/source.h"
 #include "meshloom/plan/step_plan.h"
+#include "meshloom/train/config.h"
 
 namespace at {
 class Tensor;
@@ -21,6 +22,7 @@ struct GradientsOptions {
   std::string dtype = "float64";
   std::string device = "cpu";
   Layout layout{.hdp = 0};  ///< hdp 0: all ranks
+  ParallelSection parallel;
   std::string strategy = "balanced";
   /// 0: the larger of an equal share of the step and what the longest document needs on the whole
   /// axis.

@@ -78,6 +78,13 @@ void bind_sections(py::module_& module) {
       .def_readwrite("held_out_fraction", &DataSection::held_out_fraction)
       .def_readwrite("invalid_utf8", &DataSection::invalid_utf8)
       .def_readwrite("cache", &DataSection::cache);
+  using train::ParallelSection;
+  py::class_<ParallelSection>(module, "ParallelSection",
+                              "How the model is spread over the layout's ranks.")
+      .def(keyword_init<ParallelSection>("train.ParallelSection"))
+      .def_readwrite("zero", &ParallelSection::zero)
+      .def_readwrite("pipeline", &ParallelSection::pipeline)
+      .def_readwrite("split", &ParallelSection::split);
   using train::CheckpointSection;
   py::class_<CheckpointSection>(module, "CheckpointSection", "When to save, and how to resume.")
       .def(keyword_init<CheckpointSection>("train.CheckpointSection"))
@@ -125,7 +132,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("optimizer", &TrainConfig::optimizer)
       .def_readwrite("schedule", &TrainConfig::schedule)
       .def_readwrite("rules", &TrainConfig::rules)
-      .def_readwrite("checkpoint", &TrainConfig::checkpoint);
+      .def_readwrite("checkpoint", &TrainConfig::checkpoint)
+      .def_readwrite("parallel", &TrainConfig::parallel);
   module.def("load_model_config", &train::load_model_config, py::arg("config"),
              "The model that the config's `model` section describes.");
   module.def(
@@ -240,6 +248,7 @@ void bind_gradients(py::module_& module) {
       .def_readwrite("dtype", &GradientsOptions::dtype)
       .def_readwrite("device", &GradientsOptions::device)
       .def_readwrite("layout", &GradientsOptions::layout)
+      .def_readwrite("parallel", &GradientsOptions::parallel)
       .def_readwrite("strategy", &GradientsOptions::strategy)
       .def_readwrite("capacity_tokens", &GradientsOptions::capacity_tokens)
       .def_readwrite("plan", &GradientsOptions::plan)

@@ -52,6 +52,16 @@ def gradients(
         bool,
         typer.Option("--aux-loss", help="Add the global balance loss with the config's coefficient."),
     ] = False,
+    zero: Annotated[
+        int, typer.Option("--zero", help="ZeRO: shard 1 optimizer state, 2 gradients, 3 parameters.")
+    ] = 1,
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            "--pipeline", help="Schedule of the pipeline: 1f1b, interleaved_1f1b, zb_h1, zb_v.",
+            show_default=False,
+        ),
+    ] = "",
     as_json: common.JsonOption = False,
 ) -> None:
     """Compute one step's loss and all gradients under a layout.
@@ -66,6 +76,8 @@ def gradients(
       meshloom gradients --model Qwen3-0.6B --sequences docs.jsonl --hdp 4 --dump out.safetensors
 
       mpirun -n 4 meshloom gradients --model Qwen3-0.6B --sequences docs.jsonl --plan plan.json
+
+      meshloom gradients --model Qwen3-0.6B --sequences docs.jsonl --layout tp=2,pp=2,hdp=2 --pipeline zb_h1
     """
     from meshloom import training
 
@@ -78,6 +90,7 @@ def gradients(
     options = training.GradientsOptions(
         model=model, dtype=dtype, device=device, layout=mesh, strategy=strategy,
         capacity_tokens=capacity_tokens, plan=given, aux_loss=aux_loss,
+        parallel=training.ParallelSection(zero=zero, pipeline=pipeline),
     )
     if ":" in strategy and given is None:
         options.plan = _own_plan(documents, mesh, strategy, capacity_tokens)

@@ -6,6 +6,7 @@
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/mesh/layout.h"
+#include "meshloom/parallel/model_placement.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/step_plan.h"
 
@@ -26,14 +27,14 @@ struct Hosts {
 /// @throws InvalidArgument
 [[nodiscard]] at::ScalarType parse_dtype_name(const std::string& name);
 
-/// Fills hdp = 0 and checks that the layout fits and is built. @throws InvalidArgument,
-/// NotSupported
+/// Fills hdp = 0 and checks that the layout fits. @throws InvalidArgument
 [[nodiscard]] Layout resolve_layout(Layout layout, int world_size, const char* where);
 
 /// Verifies plan and programs of all ranks together. @throws PlanError
 void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options);
 
-/// The program without the instructions that touch the optimizer: gradients stay local.
-[[nodiscard]] plan::Program without_update(plan::Program program);
+/// How plans become programs for a placed model.
+[[nodiscard]] plan::CompileOptions compile_options(const parallel::ModelPlacement& placement,
+                                                   const std::string& schedule);
 
 }  // namespace meshloom::train::detail

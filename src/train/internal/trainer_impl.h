@@ -14,8 +14,9 @@
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/expert_dispatcher.h"
-#include "meshloom/parallel/stage_state.h"
+#include "meshloom/parallel/groups.h"
+#include "meshloom/parallel/model_placement.h"
+#include "meshloom/parallel/model_state.h"
 #include "meshloom/train/adamw.h"
 #include "meshloom/train/checkpoint.h"
 #include "meshloom/train/trainer.h"
@@ -77,7 +78,6 @@ class Trainer::Impl {
   // Construction and state.
   void resolve();
   void build(std::shared_ptr<plan::BalanceStrategy> strategy);
-  void initialize_weights();
   void resume();
   bool try_resume(const std::string& folder, Failure& failure);
   void restore(const CheckpointInfo& info);
@@ -115,9 +115,10 @@ class Trainer::Impl {
   comm::Communicator world_;
   detail::Hosts hosts_;
   at::Device device_{at::kCPU};
-  std::shared_ptr<model::Stage> stage_;
-  std::optional<parallel::ExpertParallel> experts_;  ///< none for ep = 1
-  std::unique_ptr<parallel::StageState> state_;
+  parallel::ModelPlacement placement_;
+  std::optional<parallel::Groups> groups_;
+  std::vector<std::shared_ptr<model::Stage>> stages_;  ///< [chunk]
+  std::unique_ptr<parallel::ModelState> state_;
   std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
   std::unique_ptr<model::BalanceLoss> balance_;
   std::unique_ptr<parallel::Executor> executor_;

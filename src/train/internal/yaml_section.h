@@ -27,6 +27,7 @@ class YamlSection {
   void read(const char* key, double& field);
   void read(const char* key, std::optional<double>& field);
   void read(const char* key, std::vector<double>& field);
+  void read(const char* key, std::vector<int>& field);
   /// One scalar stands for a list of one.
   void read(const char* key, std::vector<std::string>& field);
 

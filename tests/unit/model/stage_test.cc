@@ -36,7 +36,7 @@ struct Runner {
     return at::cat(parts);
   }
   StageContext context(const SequenceBatch& batch, bool training = true) {
-    StageContext result{batch, flat, attention, dispatcher, linear};
+    StageContext result{batch, batch, flat, attention, dispatcher, linear};
     if (training) {
       result.gradients = &flat;
       result.activations = &activations;

@@ -12,7 +12,7 @@
 #include "layout_sweep.h"
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
-#include "meshloom/model/stage.h"
+#include "rank_run.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -53,12 +53,9 @@ struct Step {
   /// Runs the step on a rank.
   void run(const comm::Communicator& hdp, ExecutorOptions options = {},
            const SampleLoader& loader = {}) const {
-    std::shared_ptr<model::Stage> stage =
-        model::build_stage(config, {0, config.layers}, true, true);
-    Zero1 state(stage->parameters(), hdp, at::kFloat, at::kCPU);
-    Executor executor(stage, hdp, std::move(options));
-    (void)executor.run(plan, programs.at(static_cast<std::size_t>(hdp.rank())),
-                       loader ? loader : load, state, nullptr, [] {});
+    RankRun rank(hdp, place_model(config, problem.layout), at::kFloat, std::move(options));
+    (void)rank.executor.run(plan, programs.at(static_cast<std::size_t>(hdp.rank())),
+                            loader ? loader : load, rank.state, nullptr, [] {});
   }
 
   model::ModelConfig config;
@@ -77,7 +74,7 @@ std::string message_of(const std::function<void()>& body) {
   return {};
 }
 
-TEST(Executor, LayoutsThatAreNotBuiltAreRefusedByName) {
+TEST(Executor, PlansThatAreNotBuiltAreRefusedByName) {
   const auto world = comm::make_thread_world(1);
   const auto refused = [&](auto change, const char* expected) {
     Step step({5, 9}, 1, 32);
@@ -89,33 +86,16 @@ TEST(Executor, LayoutsThatAreNotBuiltAreRefusedByName) {
       EXPECT_NE(std::string(error.what()).find(expected), std::string::npos) << error.what();
     }
   };
-  refused([](auto& plan) { plan.layout.tp = 2; }, "tensor parallelism (tp) is not built");
-  refused([](auto& plan) { plan.layout.pp = 2; }, "pipeline parallelism (pp) is not built");
-  refused([](auto& plan) { plan.layout.ep = 2; },
-          "expert parallelism (ep) without a dispatcher is not built");
-  refused([](auto& plan) { plan.layout.chunks = 2; }, "more than one model chunk");
   refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
   refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kRingUlysses; },
           "exchange \"ring_ulysses\" is not built");
   EXPECT_EQ(world[0].traffic().size(), 0U) << "nothing has run";
 }
 
-TEST(Executor, InstructionsThatAreNotBuiltAreRefusedByName) {
-  for (const auto op : {plan::Op::kSend, plan::Op::kReceive, plan::Op::kWeightGradient}) {
-    const auto world = comm::make_thread_world(1);
-    Step step({5, 9}, 1, 32);
-    step.programs[0].instructions.insert(step.programs[0].instructions.begin(), {.op = op});
-    const auto message = message_of([&] { step.run(world[0]); });
-    EXPECT_NE(message.find("instruction \"" + std::string(plan::to_string(op)) + "\" is not built"),
-              std::string::npos)
-        << message;
-  }
-}
-
 TEST(Executor, PlansOfAnotherWorldAreRefused) {
   const auto world = comm::make_thread_world(2);
   const Step one({5, 9}, 1, 32);
-  EXPECT_NE(message_of([&] { one.run(world[0]); }).find("hdp of the plan"), std::string::npos);
+  EXPECT_NE(message_of([&] { one.run(world[0]); }).find("ranks of the world"), std::string::npos);
   Step swapped({60, 9}, 2, 64);
   std::swap(swapped.programs[0], swapped.programs[1]);
   EXPECT_NE(message_of([&] { swapped.run(world[0]); }).find("rank of the program"),
@@ -140,7 +120,7 @@ TEST(Executor, EveryCallCarriesInstructionSlotUnitAndSamplesInTheFlightRecorder)
              "exchange: step 12 forward slot 0 unit 0 samples 4",
              "exchange: step 12 backward slot 0 unit 0 samples 4",
              "exchange: step 12 forward slot 1 unit 0 samples 4",
-             "gradients: step 12 reduce",
+             "gradients: step 12 backward slot 1 unit 0",
              "parameters: step 12 step",
          }) {
       const auto found = seen.lower_bound(expected);

@@ -10,9 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "layout_sweep.h"
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
 #include "meshloom/core/random.h"
+#include "meshloom/parallel/groups.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -209,16 +211,17 @@ TEST(ExpertDispatcher, TrafficIsTheClosedForm) {
 }
 
 TEST(ExpertParallel, GroupsAreNeighboursAndReplicasHoldTheSame) {
-  comm::run_thread_ranks(8, [](comm::Communicator hdp) {
-    const auto experts = make_expert_parallel(hdp, {.hdp = 8, .ep = 4}, 6);
-    ASSERT_TRUE(experts);
-    EXPECT_EQ(experts->group.size(), 4);
-    EXPECT_EQ(experts->group.rank(), hdp.rank() % 4);
-    EXPECT_EQ(experts->replicas.size(), 2);
-    EXPECT_EQ(experts->replicas.rank(), hdp.rank() / 4);
-    EXPECT_EQ(experts->map.experts(), 6);
-    EXPECT_FALSE(make_expert_parallel(hdp, {.hdp = 8}, 6));
-    EXPECT_THROW((void)make_expert_parallel(hdp, {.hdp = 4, .ep = 2}, 6), InvalidArgument);
+  const auto config = model::ModelConfig::from_json(sweep::kMixtral);  // five experts
+  comm::run_thread_ranks(8, [&](comm::Communicator hdp) {
+    Groups groups(hdp, place_model(config, {.hdp = 8, .ep = 4}));
+    ASSERT_TRUE(groups.experts());
+    EXPECT_EQ(groups.experts()->group.size(), 4);
+    EXPECT_EQ(groups.experts()->group.rank(), hdp.rank() % 4);
+    EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).size(), 2);
+    EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).rank(), hdp.rank() / 4);
+    EXPECT_EQ(groups.experts()->map.experts(), 5);
+    EXPECT_FALSE(Groups(hdp, place_model(config, {.hdp = 8})).experts());
+    EXPECT_THROW(Groups(hdp, place_model(config, {.hdp = 4, .ep = 2})), InvalidArgument);
   });
 }
 

@@ -17,11 +17,9 @@
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
 #include "meshloom/core/random.h"
-#include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/expert_dispatcher.h"
-#include "meshloom/parallel/stage_state.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/plan/verifier.h"
+#include "rank_run.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -78,21 +76,15 @@ StepResult run_plan(const plan::StepPlan& plan) {
   StepResult result;
   std::mutex mutex;
   comm::run_thread_ranks(plan.layout.hdp, [&](comm::Communicator hdp) {
-    const std::shared_ptr<model::Stage> stage =
-        model::build_stage(config, {0, config.layers}, true, true);
-    const auto experts = make_expert_parallel(hdp, plan.layout, config.moe.experts);
-    StageState state(stage->parameters(), hdp, experts, at::kDouble, at::kCPU);
-    auto values = at::empty({stage->parameters().elements}, at::TensorOptions().dtype(at::kDouble));
-    model::initialize_(values, stage->parameters(), config.initializer_range, 3);
-    state.assign(values);
-    Executor executor(stage, hdp, {}, make_exchange, make_dispatcher_factory(experts));
+    RankRun rank(hdp, place_model(config, plan.layout), at::kDouble);
+    ModelState& state = rank.state;
     const SampleLoader load = [&](std::int64_t id) {
       return document_of(id, plan.samples[static_cast<std::size_t>(id)].tokens, config.vocab_size);
     };
     const auto& program = programs[static_cast<std::size_t>(hdp.rank())];
-    const StepOutcome outcome = executor.run(plan, program, load, state, nullptr, [&] {
-      for (StageState::Part& part : state.parts()) {
-        part.zero.master().sub_(part.zero.shard_gradient(), 0.1);
+    const StepOutcome outcome = rank.executor.run(plan, program, load, state, nullptr, [&] {
+      for (ModelState::Part& part : state.parts()) {
+        part.space.master().sub_(part.space.shard_gradient(), 0.1);
       }
     });
     const at::Tensor gradients = state.whole_gradients();
@@ -103,7 +95,11 @@ StepResult run_plan(const plan::StepPlan& plan) {
     if (hdp.rank() != 0) return;
     result.gradients = gradients.clone();
     result.values = after.clone();
-    result.expert_elements = experts ? state.parts().back().table.elements : 0;
+    for (const ModelState::Part& part : state.parts()) {
+      if (part.place.set == ReplicaSet::kExpert) {
+        result.expert_elements += part.space.table().elements;
+      }
+    }
   });
   return result;
 }
@@ -189,12 +185,13 @@ TEST(ExpertParallel, EveryElementIsUpdatedByOneRank) {
     std::mutex mutex;
     std::vector<int> owners(static_cast<std::size_t>(table.elements), 0);
     comm::run_thread_ranks(8, [&](comm::Communicator hdp) {
-      const auto experts = make_expert_parallel(hdp, {.hdp = 8, .ep = ep}, config.moe.experts);
-      const StageState state(table, hdp, experts, at::kFloat, at::kCPU);
+      const ModelPlacement placement = place_model(config, {.hdp = 8, .ep = ep});
+      Groups groups(hdp, placement);
+      const ModelState state(placement, groups, at::kFloat, at::kCPU);
       const std::lock_guard lock(mutex);
-      for (const StageState::Part& part : state.parts()) {
-        const FlatRange own = part.zero.own_range();
-        for (const auto& spec : part.table.parameters) {
+      for (const ModelState::Part& part : state.parts()) {
+        const FlatRange own = part.space.own_range();
+        for (const auto& spec : part.space.table().parameters) {
           const std::int64_t whole = table.find(spec.name).offset;
           for (std::int64_t i = 0; i < spec.elements(); ++i) {
             const std::int64_t at = spec.offset + i;
@@ -215,23 +212,19 @@ TEST(ExpertParallel, FailureDuringDispatchEndsEveryRankWithItsReason) {
   std::mutex mutex;
   std::vector<std::string> messages;
   comm::run_thread_ranks(4, [&](comm::Communicator hdp) {
-    const std::shared_ptr<model::Stage> stage =
-        model::build_stage(config, {0, config.layers}, true, true);
-    const auto experts = make_expert_parallel(hdp, plan.layout, config.moe.experts);
-    StageState state(stage->parameters(), hdp, experts, at::kFloat, at::kCPU);
     ExecutorOptions options;
     options.before = [&](const plan::Instruction& instruction) {
       if (hdp.rank() == 1 && instruction.op == plan::Op::kBackward) {
         throw DataError("test", "planted failure");
       }
     };
-    Executor executor(stage, hdp, options, make_exchange, make_dispatcher_factory(experts));
+    RankRun rank(hdp, place_model(config, plan.layout), at::kFloat, options);
     const SampleLoader load = [&](std::int64_t id) {
       return document_of(id, plan.samples[static_cast<std::size_t>(id)].tokens, config.vocab_size);
     };
     try {
-      (void)executor.run(plan, programs[static_cast<std::size_t>(hdp.rank())], load, state, nullptr,
-                         [] {});
+      (void)rank.executor.run(plan, programs[static_cast<std::size_t>(hdp.rank())], load,
+                              rank.state, nullptr, [] {});
     } catch (const Error& error) {
       const std::lock_guard lock(mutex);
       messages.emplace_back(error.what());

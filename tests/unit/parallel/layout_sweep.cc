@@ -11,22 +11,19 @@
 #include "meshloom/core/random.h"
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
-#include "meshloom/parallel/executor.h"
-#include "meshloom/parallel/expert_dispatcher.h"
-#include "meshloom/parallel/stage_state.h"
 #include "meshloom/plan/verifier.h"
+#include "rank_run.h"
 
 namespace meshloom::parallel::sweep {
 namespace {
 
 // Large beside the cross-entropy's gradients, so that a slip in them shows.
 constexpr double kBalanceCoefficient = 0.3;
-constexpr std::uint64_t kSeed = 3;
 
 at::Tensor initial_values(const model::ModelConfig& config, const model::ParameterTable& table,
                           at::ScalarType dtype) {
   auto values = at::empty({table.elements}, at::TensorOptions().dtype(dtype));
-  model::initialize_(values, table, config.initializer_range, kSeed);
+  model::initialize_(values, table, config.initializer_range, RankRun::kSeed);
   return values;
 }
 
@@ -91,9 +88,12 @@ SampleLoader loader_of(const std::vector<model::Document>& documents) {
 }
 
 plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int ranks, int ep) {
+  return problem_of(documents, {.hdp = ranks, .ep = ep});
+}
+
+plan::PlanProblem problem_of(const std::vector<model::Document>& documents, const Layout& layout) {
   plan::PlanProblem problem;
-  problem.layout.hdp = ranks;
-  problem.layout.ep = ep;
+  problem.layout = layout;
   problem.capacity_tokens = kCapacity;
   for (const auto& document : documents) {
     std::int64_t targets = 0;
@@ -125,51 +125,43 @@ Expected solve_alone(const Setting& setting, const std::vector<model::Document>&
 
 std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
                             const std::vector<model::Document>& documents, const Expected& expected,
-                            comm::Communicator hdp) {
+                            comm::Communicator world) {
   const auto config = model::ModelConfig::from_json(setting.config);
-  const plan::CompileOptions compile{.layers = static_cast<int>(config.layers)};
+  const auto placement =
+      place_model(config, plan.layout, setting.schedule, setting.split, setting.zero);
+  const plan::CompileOptions compile{.layers = static_cast<int>(config.layers),
+                                     .schedule = setting.schedule,
+                                     .split = placement.split};
   const auto programs = plan::compile(plan, compile);
   plan::verify(plan, programs);
-  const auto& program = programs[static_cast<std::size_t>(hdp.rank())];
-  std::shared_ptr<model::Stage> stage = model::build_stage(config, {0, config.layers}, true, true);
-  const auto& table = stage->parameters();
-  const auto experts = make_expert_parallel(hdp, plan.layout, config.moe.experts);
-  StageState state(table, hdp, experts, setting.dtype, at::kCPU);
-  state.assign(initial_values(config, table, setting.dtype));
+  const auto& program = programs[static_cast<std::size_t>(world.rank())];
   ExecutorOptions options;
   options.z_loss_coefficient = setting.z_loss;
-  Executor executor(stage, hdp, options, make_exchange, make_dispatcher_factory(experts));
+  RankRun rank(world, placement, setting.dtype, options);
 
   const auto load = loader_of(documents);
-  const auto sum = [&](at::Tensor& counts) { hdp.all_reduce_(counts).wait(); };
+  const auto sum = [&](at::Tensor& counts) { world.all_reduce_(counts).wait(); };
   const auto balance =
       model::make_balance_loss(setting.balance, options_of(setting).balance_coefficient, config);
   if (balance) {
     balance->load_state(expected.former_state);
     balance->begin_step(plan.total_tokens());
     if (balance->needs_counting()) {
-      auto counting = program;
-      std::erase_if(counting.instructions, [](const plan::Instruction& instruction) {
-        return instruction.op == plan::Op::kReduce || instruction.op == plan::Op::kStep;
-      });
-      (void)executor.evaluate(plan, counting, load, state, balance.get());
+      (void)rank.executor.evaluate(plan, program, load, rank.state, balance.get());
       balance->finish_counting(sum);
     }
   }
-  const auto outcome = executor.run(plan, program, load, state, balance.get(), [] {});
+  const auto outcome = rank.executor.run(plan, program, load, rank.state, balance.get(), [] {});
   if (balance) balance->end_step(sum);
-  // gradients() still holds this rank's own sums; the shard, all ranks'.
-  std::vector<at::Tensor> shards;
-  for (const auto& part : state.parts()) shards.push_back(part.zero.shard_gradient().clone());
-  const auto gradients = state.whole_gradients();
+  const auto gradients = rank.state.whole_gradients();
 
   std::ostringstream wrong;
   const double parity = setting.dtype == at::kDouble ? kParity : kSingleParity;
   const double loss =
-      sum_over_ranks(hdp, outcome.loss_sum) / static_cast<double>(plan.total_loss_tokens()) +
-      setting.z_loss * sum_over_ranks(hdp, outcome.z_loss_sum) /
+      sum_over_ranks(world, outcome.loss_sum) / static_cast<double>(plan.total_loss_tokens()) +
+      setting.z_loss * sum_over_ranks(world, outcome.z_loss_sum) /
           static_cast<double>(plan.total_tokens()) +
-      sum_over_ranks(hdp, balance ? balance->loss() : 0.0);
+      sum_over_ranks(world, balance ? balance->loss() : 0.0);
   const auto& step = expected.step;
   if (!(std::abs(loss - step.loss) <= parity * step.loss)) {
     wrong << "loss " << loss << ", one rank has " << step.loss << "; ";
@@ -177,13 +169,7 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   if (step.balance_state.defined() && !balance->state().equal(step.balance_state)) {
     wrong << "the balance loss takes another state to the next step; ";
   }
-  for (std::size_t i = 0; i < shards.size(); ++i) {
-    const auto& zero = state.parts()[i].zero;
-    const auto own = zero.own_range();
-    if (!shards[i].equal(zero.gradients().narrow(0, own.begin, own.size()))) {
-      wrong << "reduce and reduce_to_all differ; ";
-    }
-  }
+  const auto table = model::parameter_table(config, {0, config.layers}, true, true);
   for (const auto& spec : table.parameters) {
     const auto a = gradients.narrow(0, spec.offset, spec.elements());
     const auto b = step.gradients.narrow(0, spec.offset, spec.elements());

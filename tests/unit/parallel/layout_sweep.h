@@ -12,6 +12,7 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/model/config.h"
 #include "meshloom/model/reference.h"
+#include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/sample_batch.h"
 #include "meshloom/plan/step_plan.h"
 #include "meshloom/plan/strategy.h"
@@ -37,12 +38,17 @@ extern const char* const kDense;    ///< Llama, tied, three heads on one key-val
 
 [[nodiscard]] plan::PlanProblem problem_of(const std::vector<model::Document>& documents, int ranks,
                                            int ep = 1);
+[[nodiscard]] plan::PlanProblem problem_of(const std::vector<model::Document>& documents,
+                                           const Layout& layout);
 
 struct Setting {
   const char* config = kMoe;
   std::string balance = "none";  ///< form of the balance loss
   double z_loss = 0.0;
   at::ScalarType dtype = at::kDouble;  ///< or fp32, compared with one rank in fp32
+  Zero zero = Zero::kOptimizer;
+  std::string schedule{};    ///< of the pipeline, by name
+  std::vector<int> split{};  ///< layers of its pieces
 };
 
 struct Expected {
@@ -53,10 +59,10 @@ struct Expected {
 [[nodiscard]] Expected solve_alone(const Setting& setting,
                                    const std::vector<model::Document>& documents);
 
-/// Runs the plan's programs on this rank of `hdp` and compares loss and gradients with what one
+/// Runs the plan's programs on this rank of `world` and compares loss and gradients with what one
 /// rank has. Collective. @returns differences in words, empty if there are none.
 [[nodiscard]] std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
                                           const std::vector<model::Document>& documents,
-                                          const Expected& expected, comm::Communicator hdp);
+                                          const Expected& expected, comm::Communicator world);
 
 }  // namespace meshloom::parallel::sweep

@@ -15,10 +15,10 @@ const std::vector<int> kRankCounts{1, 2, 3, 4, 5, 7, 8};
 void expect_equal(const Setting& setting, const plan::StepPlan& plan,
                   const std::vector<model::Document>& documents, const Expected& expected) {
   std::mutex mutex;
-  comm::run_thread_ranks(plan.layout.hdp, [&](comm::Communicator hdp) {
-    const auto wrong = run_and_compare(setting, plan, documents, expected, hdp);
+  comm::run_thread_ranks(plan.layout.world_size(), [&](comm::Communicator world) {
+    const auto wrong = run_and_compare(setting, plan, documents, expected, world);
     const std::lock_guard lock(mutex);
-    EXPECT_EQ(wrong, "") << "rank " << hdp.rank() << " of " << hdp.size();
+    EXPECT_EQ(wrong, "") << "rank " << world.rank() << " of " << world.size();
   });
 }
 

@@ -1,0 +1,27 @@
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/core/export.h"
+#include "meshloom/model/attention_exchange.h"
+#include "meshloom/parallel/ring_exchange.h"
+#include "meshloom/parallel/span.h"
+#include "meshloom/plan/step_plan.h"
+
+namespace meshloom::parallel {
+
+/// Makes the attention exchange of one micro-batch. `buffers` are the executor's, shared by all its
+/// micro-batches.
+using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
+    std::shared_ptr<ExchangeBuffers> buffers)>;
+
+/// The exchange that the unit names: the factory that executors use by default.
+/// @throws NotSupported  the unit's exchange is not built; names it.
+[[nodiscard]] MESHLOOM_API std::unique_ptr<model::AttentionExchange> make_exchange(
+    const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
+    std::shared_ptr<ExchangeBuffers> buffers = {});
+
+}  // namespace meshloom::parallel

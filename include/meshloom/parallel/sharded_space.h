@@ -1,0 +1,92 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "meshloom/comm/communicator.h"
+#include "meshloom/core/export.h"
+#include "meshloom/model/parameters.h"
+#include "meshloom/parallel/model_placement.h"
+
+namespace meshloom::parallel {
+
+/// Half-open range of the flat parameter space, in elements.
+struct FlatRange {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+  [[nodiscard]] std::int64_t size() const { return end - begin; }
+};
+
+/// The parameters of a table on one rank of a group of replicas, and what ZeRO shards of them [BS
+/// 5.1; Rajbhandari et al. 2019]: the optimizer's masters always; with Zero::kGradients the summed
+/// gradient, so that a whole buffer is there only between `gradients` and `finish_reduce`; with
+/// Zero::kParameters the values, too, which are there between `fetch` and `drop`. A group of one
+/// shards nothing. Gradients accumulate in max(fp32, compute dtype).
+///
+/// Pairs of start_ and finish_ are collective over the group and don't block in between; one of a
+/// kind may be under way.
+class MESHLOOM_API ShardedSpace {
+ public:
+  /// @param compute  dtype of values: fp32, bf16, fp64. Masters and gradients are max(fp32, it).
+  ShardedSpace(model::ParameterTable table, comm::Communicator group, Zero zero,
+               at::ScalarType compute, at::Device device);
+
+  [[nodiscard]] const model::ParameterTable& table() const { return table_; }
+  [[nodiscard]] Zero zero() const { return zero_; }
+
+  /// Rank r's range; sizes differ by at most one.
+  [[nodiscard]] FlatRange range(int rank) const;
+  [[nodiscard]] FlatRange own_range() const { return range(group_.rank()); }
+
+  /// Master values of the own range, [own_range().size()]. A view of the values where their dtype
+  /// is the master's and they are not sharded.
+  [[nodiscard]] const at::Tensor& master() const { return master_; }
+  /// The own range in compute dtype.
+  [[nodiscard]] at::Tensor shard_values() const;
+  /// Summed gradient of the own range, after the step's last `finish_reduce`.
+  [[nodiscard]] const at::Tensor& shard_gradient() const { return shard_gradient_; }
+
+  /// All values in compute dtype, [elements]. Sharded ones are fetched first. Collective then.
+  [[nodiscard]] const at::Tensor& values();
+  /// Starts gathering sharded values, unless they are there.
+  void fetch();
+  /// Lets sharded values go.
+  void drop();
+
+  /// Where gradients accumulate, [elements]; zeros at first.
+  [[nodiscard]] const at::Tensor& gradients();
+  void zero_gradients();
+  /// Sums the buffer over the group, each rank keeping its range.
+  void start_reduce();
+  void finish_reduce();
+
+  /// Own masters, updated, to all ranks that hold their values.
+  void start_gather();
+  void finish_gather();
+
+  /// Takes values and own masters from a full-precision source.
+  /// @param full  [elements], any float dtype
+  void assign(const at::Tensor& full);
+
+ private:
+  [[nodiscard]] bool alone() const { return group_.size() == 1; }
+  [[nodiscard]] bool shards_values() const { return zero_ == Zero::kParameters; }
+
+  model::ParameterTable table_;
+  comm::Communicator group_;
+  Zero zero_;
+  std::vector<std::int64_t> rows_;  ///< elements of each rank's range
+  at::TensorOptions value_options_;
+  at::TensorOptions master_options_;
+  at::Tensor values_;
+  at::Tensor gradients_;
+  at::Tensor master_;
+  at::Tensor shard_gradient_;
+  std::optional<comm::Work> reducing_;
+  std::optional<comm::Work> gathering_;
+};
+
+}  // namespace meshloom::parallel
