@@ -1,11 +1,9 @@
 #include "meshloom/parallel/executor.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/bincount.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <deque>
@@ -23,10 +21,14 @@
 #include "meshloom/parallel/expert_dispatcher.h"
 #include "meshloom/parallel/tensor_parallel.h"
 #include "parallel/internal/deferred_gradients.h"
+#include "parallel/internal/place_in_plan.h"
+#include "parallel/internal/routing_sums.h"
 
 namespace meshloom::parallel {
 namespace {
 
+using detail::RecorderLabel;
+using detail::RoutingCounter;
 using Clock = std::chrono::steady_clock;
 
 constexpr comm::CallOptions kPipelineCall{.timeout = std::nullopt, .purpose = "pipeline"};
@@ -53,22 +55,6 @@ struct Passage {
   comm::Work work;
 };
 
-std::string describe(const plan::StepPlan& plan, const plan::Instruction& instruction) {
-  auto text = fmt::format("step {}, {}", plan.step, plan::to_string(instruction.op));
-  if (instruction.slot < 0) return text;
-  text += fmt::format(", slot {}", instruction.slot);
-  if (instruction.unit < 0) return text + ", idle";
-  const auto& unit = plan.slots[static_cast<std::size_t>(instruction.slot)]
-                         .units[static_cast<std::size_t>(instruction.unit)];
-  constexpr std::size_t kShown = 8;
-  const auto shown = std::min(unit.samples.size(), kShown);
-  text += fmt::format(", unit {} (ranks {}; samples {}{})", instruction.unit,
-                      fmt::join(unit.ranks, ","),
-                      fmt::join(unit.samples.begin(), unit.samples.begin() + shown, ","),
-                      shown < unit.samples.size() ? ",..." : "");
-  return text;
-}
-
 /// What is planned, verified and simulated, but not executed yet, by name.
 void refuse_offload(const plan::StepPlan& plan) {
   for (std::size_t s = 0; s < plan.slots.size(); ++s) {
@@ -94,76 +80,6 @@ std::vector<const plan::Instruction*> last_gradients(const plan::Program& progra
   }
   return result;
 }
-
-/// Adds `counts` over the ranks of a unit: every member sends to every other and adds in ring
-/// order, so that all have the same sum.
-void sum_over_unit_(comm::Communicator& hdp, const plan::Unit& unit, at::Tensor& counts) {
-  const at::Tensor own = counts.contiguous();
-  at::Tensor parts = at::empty({std::ssize(unit.ranks), own.numel()}, own.options());
-  std::vector<at::Tensor> received;
-  std::vector<comm::Transfer> sends;
-  std::vector<comm::Transfer> receives;
-  received.reserve(unit.ranks.size());
-  for (std::size_t i = 0; i < unit.ranks.size(); ++i) {
-    received.push_back(parts[static_cast<std::int64_t>(i)].view(own.sizes()));
-    if (unit.ranks[i] == hdp.rank()) {
-      received.back().copy_(own);
-      continue;
-    }
-    sends.push_back({.peer = unit.ranks[i], .tensor = &own});
-    receives.push_back({.peer = unit.ranks[i], .tensor = &received.back()});
-  }
-  hdp.send_receive(sends, receives, {.timeout = std::nullopt, .purpose = "balance"}).wait();
-  counts.zero_();
-  for (const at::Tensor& part : received) counts.add_(part);
-}
-
-/// Counts routing on its way to the balance loss.
-class RoutingCounter final : public model::RouterBalance {
- public:
-  RoutingCounter(model::RouterBalance* balance, at::Tensor& counts)
-      : balance_(balance), counts_(counts) {}
-  at::Tensor observe(int layer, const at::Tensor& probabilities, const at::Tensor& experts,
-                     const model::SequenceBatch& batch) override {
-    if (counts_.defined()) {
-      counts_[layer].add_(at::bincount(experts.reshape({-1}), {}, counts_.size(1)));
-    }
-    if (balance_ == nullptr) return {};
-    return balance_->observe(layer, probabilities, experts, batch);
-  }
-
- private:
-  model::RouterBalance* balance_;
-  at::Tensor& counts_;
-};
-
-/// The rank's place in the plan for the flight recorder.
-comm::Label label_of(const plan::StepPlan& plan, const plan::Instruction& instruction) {
-  comm::Label label;
-  label.step = plan.step;
-  label.instruction = plan::to_string(instruction.op);
-  label.slot = instruction.slot;
-  label.unit = instruction.unit;
-  if (instruction.slot >= 0 && instruction.unit >= 0) {
-    label.samples = plan.slots[static_cast<std::size_t>(instruction.slot)]
-                        .units[static_cast<std::size_t>(instruction.unit)]
-                        .samples;
-  }
-  return label;
-}
-
-/// Says in the flight recorder what this rank is doing, and clears it however the step ends.
-class RecorderLabel {
- public:
-  explicit RecorderLabel(const comm::Communicator& hdp) : recorder_(hdp.recorder()) {}
-  RecorderLabel(const RecorderLabel&) = delete;
-  RecorderLabel& operator=(const RecorderLabel&) = delete;
-  ~RecorderLabel() { recorder_.set_label({}); }
-  void set(comm::Label label) { recorder_.set_label(std::move(label)); }
-
- private:
-  comm::FlightRecorder& recorder_;
-};
 
 }  // namespace
 
@@ -237,7 +153,7 @@ class Executor::Impl {
     RecorderLabel recorder(world);
     for (const auto& instruction : program.instructions) {
       try {
-        recorder.set(label_of(step.plan, instruction));
+        recorder.set(detail::label_of(step.plan, instruction));
         const auto begin = Clock::now();
         if (options_.before) options_.before(instruction);
         const auto kind = execute(step, instruction);
@@ -263,7 +179,7 @@ class Executor::Impl {
   [[nodiscard]] std::string blame(const plan::StepPlan& plan, const plan::Instruction& instruction,
                                   const char* what) {
     return fmt::format("rank {}/{} in {}: {}", groups_.world().rank(), groups_.world().size(),
-                       describe(plan, instruction), what);
+                       detail::describe(plan, instruction), what);
   }
 
   static void record(Step& step, Span::Kind kind, const plan::Instruction& instruction,
@@ -380,7 +296,7 @@ class Executor::Impl {
                          {.timeout = std::nullopt, .purpose = "balance"})
             .wait();
       }
-      if (unit.ranks.size() > 1) sum_over_unit_(groups_.hdp(), unit, counts);
+      if (unit.ranks.size() > 1) detail::sum_over_unit_(groups_.hdp(), unit, counts);
     });
   }
 
@@ -549,17 +465,6 @@ Executor::Executor(std::vector<std::shared_ptr<model::Stage>> stages,
                                    std::move(options), std::move(exchange))) {}
 
 Executor::~Executor() = default;
-
-std::vector<std::shared_ptr<model::Stage>> build_stages(const ModelPlacement& placement,
-                                                        const Coordinates& at) {
-  std::vector<std::shared_ptr<model::Stage>> stages;
-  for (const ChunkPlace& chunk : placement.chunks(at.pp)) {
-    stages.push_back(model::build_stage(placement.config, chunk.layers, chunk.with_embedding,
-                                        chunk.with_head,
-                                        {.rank = at.tp, .ranks = placement.layout.tp}));
-  }
-  return stages;
-}
 
 StepOutcome Executor::run(const plan::StepPlan& plan, const plan::Program& program,
                           const SampleLoader& load, ParameterState& state,

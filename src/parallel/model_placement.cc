@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "meshloom/core/check.h"
+#include "meshloom/model/stage.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -185,6 +186,17 @@ ModelPlacement place_model(const model::ModelConfig& config, const Layout& layou
   }
   result.split = std::move(split);
   return result;
+}
+
+std::vector<std::shared_ptr<model::Stage>> build_stages(const ModelPlacement& placement,
+                                                        const Coordinates& at) {
+  std::vector<std::shared_ptr<model::Stage>> stages;
+  for (const ChunkPlace& chunk : placement.chunks(at.pp)) {
+    stages.push_back(model::build_stage(placement.config, chunk.layers, chunk.with_embedding,
+                                        chunk.with_head,
+                                        {.rank = at.tp, .ranks = placement.layout.tp}));
+  }
+  return stages;
 }
 
 }  // namespace meshloom::parallel

@@ -52,10 +52,6 @@ struct ExecutorOptions {
   std::function<void(const plan::Instruction&)> before;
 };
 
-/// The model chunks that a rank runs, by chunk.
-[[nodiscard]] MESHLOOM_API std::vector<std::shared_ptr<model::Stage>> build_stages(
-    const ModelPlacement& placement, const Coordinates& at);
-
 /// Interpreter of Programs on tensors, for one rank of any layout: a table from instruction to
 /// action, and the micro-batches in flight. The optimizer update is the caller's (`on_step`). Every
 /// call that it makes carries step, instruction, slot, unit and samples in the flight recorder. Not

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -12,6 +13,10 @@
 #include "meshloom/model/parameters.h"
 #include "meshloom/parallel/expert_parallel.h"
 #include "meshloom/plan/schedule.h"
+
+namespace meshloom::model {
+class Stage;
+}
 
 namespace meshloom::parallel {
 
@@ -87,5 +92,9 @@ struct MESHLOOM_API ModelPlacement {
                                                       const std::string& schedule = {},
                                                       std::vector<int> split = {},
                                                       Zero zero = Zero::kOptimizer);
+
+/// The model chunks that a rank runs, by chunk.
+[[nodiscard]] MESHLOOM_API std::vector<std::shared_ptr<model::Stage>> build_stages(
+    const ModelPlacement& placement, const Coordinates& at);
 
 }  // namespace meshloom::parallel

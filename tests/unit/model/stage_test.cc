@@ -168,7 +168,7 @@ TEST(Stage, TokensOutsideTheVocabularyAreRefusedByName) {
 
 TEST(Stage, MisuseIsRefused) {
   const TinyModel model(kTinyMoe);
-  EXPECT_THROW((void)build_stage(model.config, {1, 1}, true, true), InvalidArgument);
+  EXPECT_THROW((void)build_stage(model.config, {1, 0}, true, true), InvalidArgument);
   EXPECT_THROW((void)build_stage(model.config, {0, 3}, true, true), InvalidArgument);
   EXPECT_THROW((void)build_stage(model.config, {-1, 1}, true, true), InvalidArgument);
   Runner last(model, build_stage(model.config, {1, 2}, false, true));
