@@ -49,8 +49,7 @@ struct ChunkWork {
   detail::DeferredGradients deferred;
 };
 
-/// A tensor on its way between stages.
-struct Passage {
+struct Passage {  ///< a tensor on its way between stages
   at::Tensor tensor;
   comm::Work work;
 };
@@ -176,8 +175,8 @@ class Executor::Impl {
   const ExecutorOptions& options() const { return options_; }
 
  private:
-  [[nodiscard]] std::string blame(const plan::StepPlan& plan, const plan::Instruction& instruction,
-                                  const char* what) {
+  std::string blame(const plan::StepPlan& plan, const plan::Instruction& instruction,
+                    const char* what) {
     return fmt::format("rank {}/{} in {}: {}", groups_.world().rank(), groups_.world().size(),
                        detail::describe(plan, instruction), what);
   }
