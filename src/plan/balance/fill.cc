@@ -5,19 +5,9 @@
 #include <queue>
 #include <utility>
 
+#include "plan/balance/consolidate.h"
+
 namespace meshloom::plan::balance {
-namespace {
-
-/// An idle stretch of one rank: in front of a waiting unit, or after the rank's last one.
-struct Gap {
-  int rank = 0;
-  double left = 0.0;
-  std::int64_t tokens = 0;
-  std::vector<int> items;
-};
-
-}  // namespace
-
 std::vector<std::vector<int>> pack(const Model& model, std::span<const int> items) {
   std::vector<std::vector<int>> bins;
   std::multimap<std::int64_t, std::size_t> room;  // tokens left -> bin
@@ -38,7 +28,7 @@ std::vector<std::vector<int>> pack(const Model& model, std::span<const int> item
 }
 
 std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Placement& placement,
-                        std::span<const int> singles, double target) {
+                        std::span<const int> singles, double target, bool consolidate) {
   const double least_gap = Placement::least_gap(model);
   std::vector<double> end(static_cast<std::size_t>(model.ranks), 0.0);
   std::vector<Gap> gaps;
@@ -47,14 +37,15 @@ std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Pla
     for (const int rank : placement.ranks_of(j)) {
       double& at = end[static_cast<std::size_t>(rank)];
       const double idle = placement.start_of(j) - at;
-      if (idle > least_gap) gaps.push_back({rank, idle, 0, {}});
+      if (idle > least_gap) gaps.push_back({rank, idle, idle, 0, {}});
       at = placement.end_of(j);
     }
     first_gap.push_back(gaps.size());
   }
   const std::size_t inner = gaps.size();
   for (int rank = 0; rank < model.ranks; ++rank) {
-    gaps.push_back({rank, target - end[static_cast<std::size_t>(rank)], 0, {}});
+    const double space = target - end[static_cast<std::size_t>(rank)];
+    gaps.push_back({rank, space, space, 0, {}});
   }
   // The widest gap first; a gap in front of a unit is never overfilled, since its peers would wait.
   using Entry = std::pair<double, std::size_t>;
@@ -89,6 +80,7 @@ std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Pla
     gaps[g].items.push_back(index);
     gaps[g].tokens += item.tokens;
   }
+  if (consolidate) consolidate_(model, gaps, inner, target);
 
   std::vector<Piece> pieces;
   const auto emit = [&](const Gap& gap) {

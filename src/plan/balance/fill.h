@@ -15,11 +15,12 @@ struct Piece {
 };
 
 /// Puts `singles` (item indices, largest first) into the gaps that `placement` leaves and packs
-/// them into bins of at most `capacity` tokens. Returns all units in a global order: each rank's
-/// units appear in the order in which it runs them.
+/// them into bins of at most `capacity` tokens; `consolidate` spends time on needing few bins.
+/// Returns all units in a global order: each rank's units appear in the order in which it runs
+/// them.
 [[nodiscard]] std::vector<Piece> fill(const Model& model, std::span<const Job> jobs,
                                       const Placement& placement, std::span<const int> singles,
-                                      double target);
+                                      double target, bool consolidate);
 
 /// Packs items into bins of at most `capacity` tokens, longest first, each into the fullest bin
 /// that takes it.

@@ -18,6 +18,10 @@ constexpr std::size_t kScanned = 1024;
 /// A unit that ends later than this beyond the target may leave its node.
 constexpr double kTargetSlack = 1e-3;
 
+/// Levels of load that `degrees_from` tells apart, and ranks beyond the fewest that it offers.
+constexpr std::size_t kLevels = 8;
+constexpr int kMore = 3;
+
 int part_size(const Model& model) {
   if (model.ranks_per_node < model.ranks) return model.ranks_per_node;
   return model.ranks <= kWholeAxis ? model.ranks : kPart;
@@ -232,15 +236,59 @@ void Placement::place_across_(int degree, double time, double target, const Plac
   record_(best.start, time, fillable_gap);
 }
 
+void Placement::place_job_(const Job& job, double target, const PlacementRule& rule) {
+  const double time = model_.time(model_.items[static_cast<std::size_t>(job.item)], job.degree);
+  if (static_cast<std::size_t>(job.degree) <= node_size_) {
+    place_inside_(job.degree, time, target, rule);
+  } else {
+    place_across_(job.degree, time, target, rule);
+  }
+}
+
 void Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule) {
   reset_();
-  for (const Job& job : jobs) {
-    const double time = model_.time(model_.items[static_cast<std::size_t>(job.item)], job.degree);
-    if (static_cast<std::size_t>(job.degree) <= node_size_) {
-      place_inside_(job.degree, time, target, rule);
-    } else {
-      place_across_(job.degree, time, target, rule);
+  for (const Job& job : jobs) place_job_(job, target, rule);
+}
+
+std::vector<int> Placement::degrees_from(int least) const {
+  const std::size_t node = node_order_.front();
+  const std::size_t first = node * node_size_;
+  std::vector<std::size_t> edges{first};  // where loads change
+  for (std::size_t i = first + 1; i < node_end(node) && edges.size() < kLevels; ++i) {
+    if (load_[i] > load_[i - 1]) edges.push_back(i);
+  }
+  edges.push_back(node_end(node));
+  std::vector<int> degrees;
+  for (int more = 0; more <= kMore; ++more) degrees.push_back(least + more);
+  for (std::size_t a = 0; a < edges.size(); ++a) {
+    for (std::size_t b = a + 1; b < edges.size(); ++b) {
+      degrees.push_back(static_cast<int>(edges[b] - edges[a]));
     }
+  }
+  std::sort(degrees.begin(), degrees.end());
+  degrees.erase(std::unique(degrees.begin(), degrees.end()), degrees.end());
+  std::erase_if(degrees, [&](int degree) {
+    return degree < least || static_cast<std::size_t>(degree) > node_size_;
+  });
+  return degrees;
+}
+
+void Placement::place_freely(std::span<Job> jobs, double target, const PlacementRule& rule,
+                             double traffic_price) {
+  reset_();
+  for (Job& job : jobs) {
+    const Item& item = model_.items[static_cast<std::size_t>(job.item)];
+    double best = std::numeric_limits<double>::infinity();
+    const int least = job.degree;
+    for (const int degree : degrees_from(least)) {
+      const Window window = best_window(degree, model_.time(item, degree), target, rule);
+      const double price =
+          window.price + traffic_price * (degree - least) * static_cast<double>(item.tokens);
+      if (price >= best) continue;
+      best = price;
+      job.degree = degree;
+    }
+    place_job_(job, target, rule);
   }
 }
 

@@ -30,6 +30,12 @@ class Placement {
   /// Places `jobs` in the given order on empty ranks. `target` is the makespan aimed at.
   void place(std::span<const Job> jobs, double target, const PlacementRule& rule);
 
+  /// The same, and gives each job the degree, at least its own, at which its place is cheapest:
+  /// often just as many ranks as are free together.
+  /// @param traffic_price  price of one exchange token, in rank time
+  void place_freely(std::span<Job> jobs, double target, const PlacementRule& rule,
+                    double traffic_price);
+
   /// Makespan to expect when `singles` (items of degree 1 too large to count as a fluid, largest
   /// first) and `fluid` more work fill the gaps.
   [[nodiscard]] double estimate(std::span<const double> singles, double fluid);
@@ -58,6 +64,10 @@ class Placement {
                                  const PlacementRule& rule) const;
   [[nodiscard]] Window best_window(int degree, double time, double target,
                                    const PlacementRule& rule) const;
+  void place_job_(const Job& job, double target, const PlacementRule& rule);
+  /// Numbers of ranks from `least` on that are free together on the least loaded node, and the next
+  /// ones after `least`.
+  [[nodiscard]] std::vector<int> degrees_from(int least) const;
   void place_inside_(int degree, double time, double target, const PlacementRule& rule);
   /// On the least loaded ranks of any node, if that starts before `before`. @returns whether it
   /// did.

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "meshloom/core/random.h"
+#include "meshloom/plan/bounds.h"
+#include "meshloom/plan/exact.h"
 #include "meshloom/plan/strategy.h"
 
 namespace meshloom::plan {
@@ -65,6 +67,42 @@ TEST(Balanced, ReachesTheTableOfEfficiency) {
     sum += plan.predicted.efficiency;
   }
   EXPECT_GE(sum / 10, 0.99);
+}
+
+TEST(Balanced, NeedsFewUnitsWhereEachHasACost) {
+  constexpr double kAboveBound = 1.03;  // units hold whole documents
+  for (std::uint64_t seed = 0; seed < 6; ++seed) {
+    PlanProblem problem = mixed_problem(16, 400, 16384, seed);
+    double work = 0.0;
+    for (const SampleInfo& sample : problem.samples) work += problem.cost.work(sample.tokens);
+    problem.cost.fixed = 0.02 * work / problem.layout.hdp;
+    const Prediction predicted = make_plan(problem, "balanced").predicted;
+    EXPECT_LE(predicted.makespan, kAboveBound * predicted.lower_bound) << seed;
+  }
+}
+
+TEST(Balanced, LevelsDocumentsOfATenthOfARankEach) {
+  // One document takes most of the step; the longest of the others are too large for a fluid.
+  PlanProblem problem = mixed_problem(16, 300, 16384, 34);
+  problem.cost.linear = 0.0;
+  EXPECT_GE(make_plan(problem, "balanced").predicted.efficiency, 0.97);
+}
+
+TEST(Balanced, BoundKnowsThatTwoLongSamplesCanNotRunTogether) {
+  // Two ranks hold each of two samples, and there are three: one after another, on all of them, a
+  // sample takes (w - x t) / 3 + x t = 20,000.
+  PlanProblem problem;
+  problem.layout.hdp = 3;
+  problem.capacity_tokens = 100;
+  problem.cost = {.quadratic = 1.0, .linear = 0.0, .fixed = 0.0, .exchange = 50.0};
+  problem.samples = {{0, 200, 0}, {1, 200, 0}};
+  const ExactResult exact = solve_exact(problem);
+  ASSERT_TRUE(exact.optimal);
+  EXPECT_DOUBLE_EQ(exact.makespan, 40'000.0);
+  EXPECT_NEAR(lower_bound(problem), 40'000.0, 1e-3);
+  // A fourth rank lets them run together, on two each.
+  problem.layout.hdp = 4;
+  EXPECT_NEAR(lower_bound(problem), 25'000.0, 1e-3);
 }
 
 TEST(Balanced, LeavesNodesWhereTheyCostTheMakespan) {
