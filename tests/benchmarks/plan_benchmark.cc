@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "benchmarks/plan_ablation.h"
 #include "benchmarks/plan_lengths.h"
 #include "meshloom/plan/exact.h"
 #include "meshloom/plan/program.h"
@@ -314,101 +315,6 @@ void simulator() {
     std::fflush(stdout);
     expect(simulating <= kSimulatingSeconds, "simulator: %.1f s", simulating);
   }
-}
-
-/// Algorithm 1 with the offload ratio that gives the fewest ranks.
-std::vector<plan::Slot> naive_with_offload(const PlanProblem& problem) {
-  std::vector<plan::Unit> units;
-  const int hdp = problem.layout.hdp;
-  std::vector<double> free(static_cast<std::size_t>(hdp), 0.0);
-  const auto add = [&](std::vector<std::int64_t> samples, std::int64_t tokens, double work,
-                       int degree) {
-    std::vector<int> ranks(free.size());
-    for (int r = 0; r < hdp; ++r) ranks[static_cast<std::size_t>(r)] = r;
-    std::partial_sort(ranks.begin(), ranks.begin() + degree, ranks.end(), [&](int a, int b) {
-      const double x = free[static_cast<std::size_t>(a)];
-      const double y = free[static_cast<std::size_t>(b)];
-      return x != y ? x < y : a < b;
-    });
-    ranks.resize(static_cast<std::size_t>(degree));
-    const double end =
-        free[static_cast<std::size_t>(ranks.back())] + problem.cost.unit_time(work, tokens, degree);
-    for (const int rank : ranks) free[static_cast<std::size_t>(rank)] = end;
-    std::sort(ranks.begin(), ranks.end());
-    plan::Unit unit;
-    unit.ranks = std::move(ranks);
-    unit.samples = std::move(samples);
-    unit.exchange = degree > 1 ? plan::Exchange::kRing : plan::Exchange::kLocal;
-    unit.offload =
-        problem.memory.offload_needed(problem.capacity_tokens, degree, tokens).value_or(0.0);
-    units.push_back(std::move(unit));
-  };
-  std::vector<std::int64_t> bin;
-  std::int64_t held = 0;
-  double work = 0.0;
-  for (const auto& sample : problem.samples) {
-    if (sample.tokens < problem.capacity_tokens) continue;
-    const double hidden = problem.memory.most_hidden(problem.cost, sample.tokens);
-    const int degree =
-        problem.memory.degree_needed(problem.capacity_tokens, hidden, sample.tokens, hdp)
-            .value_or(hdp);
-    add({sample.id}, sample.tokens, problem.cost.work(sample.tokens), degree);
-  }
-  for (const auto& sample : problem.samples) {
-    if (sample.tokens >= problem.capacity_tokens) continue;
-    if (held + sample.tokens > problem.capacity_tokens) {
-      add(std::exchange(bin, {}), std::exchange(held, 0), std::exchange(work, 0.0), 1);
-    }
-    bin.push_back(sample.id);
-    held += sample.tokens;
-    work += problem.cost.work(sample.tokens);
-  }
-  if (!bin.empty()) add(std::move(bin), held, work, 1);
-  return plan::into_slots(std::move(units), hdp);
-}
-
-void ablation() {
-  // 8 GPUs a node, 200 GB/s inside, 50 GB/s a GPU between nodes, 25 GB/s to the host.
-  sim::Cluster cluster;
-  cluster.between = {.bandwidth = 50e9, .latency = 15e-6};
-  const auto workload = sim::Workload::llama_7b();
-  const auto lengths = production_mix(64LL << 20, 1);
-  auto problem = PlanProblem::from_lengths(lengths, {.hdp = 1024}, 8192);
-  problem.cost = sim::Workload::llama_7b_cost();
-  problem.ranks_per_node = cluster.ranks_per_node;
-  double tokens = 0.0;
-  double longest = 0.0;
-  for (const auto length : lengths) {
-    tokens += static_cast<double>(length);
-    if (length >= 131072) longest += static_cast<double>(length);
-  }
-  std::printf(
-      "\n### ByteScale's ablation, simulated: 7B, 2M context, 1,024 GPUs, %.1f M tokens in %zu "
-      "documents (%.1f %% of tokens in documents from 128K on)\n\n| step | step time | factor "
-      "| published | without computation | exposed | sent between nodes |\n"
-      "|---|---|---|---|---|---|---|\n",
-      tokens / 1e6, lengths.size(), 100 * longest / tokens);
-  const auto offload = plan::make_strategy(naive_with_offload);
-  double first = 0.0;
-  const auto row = [&](const char* name, const char* published, const StepPlan& plan) {
-    const auto programs = plan::compile(plan, {.layers = workload.layers});
-    const auto result = sim::simulate(plan, programs, cluster, workload, {.spans = false});
-    if (first == 0.0) first = result.step_time;
-    double exposed = 0.0;
-    for (const double part : result.exposed) exposed += part;
-    std::printf("| %s | %.1f s | %.2f | %s | %.1f %% | %.1f %% | %.1f TB |\n", name,
-                result.step_time, first / result.step_time, published, 100 * result.bubble(),
-                100 * exposed / (1024 * result.step_time), result.bytes_between / 1e12);
-    std::fflush(stdout);
-  };
-  row("static degree", "1.00", plan::make_plan(problem, "static"));
-  row("dynamic communication (naive_hdp)", "1.59", plan::make_plan(problem, "naive_hdp"));
-  problem.memory = {.layers = 32,
-                    .resident_layers = 2,
-                    .transfer = workload.saved_bytes * workload.layers / cluster.host.bandwidth};
-  row("selective offload", "2.01", plan::make_plan(problem, "naive_hdp + offload", *offload));
-  row("balance (bytescale)", "3.69", plan::make_plan(problem, "bytescale"));
-  row("balance (balanced)", "-", plan::make_plan(problem, "balanced"));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <map>
 #include <queue>
+#include <tuple>
 #include <utility>
 
 #include "plan/strategies/slot_builder.h"
@@ -13,8 +14,6 @@ namespace {
 struct SizedUnit {
   int degree = 1;
   double offload = 0.0;
-  double work = 0.0;
-  std::int64_t tokens = 0;
   std::vector<std::int64_t> samples;
 };
 
@@ -26,25 +25,23 @@ std::vector<SizedUnit> pack(const PlanProblem& problem) {
   for (const SampleInfo& sample : problem.samples) {
     if (sample.tokens >= capacity) continue;
     std::size_t bin = bins.size();
+    std::int64_t room = capacity;
     const auto fit = by_room.lower_bound(sample.tokens);
     if (fit == by_room.end()) {
       bins.emplace_back();
     } else {
-      bin = fit->second;
+      std::tie(room, bin) = *fit;
       by_room.erase(fit);
     }
     bins[bin].samples.push_back(sample.id);
-    bins[bin].work += problem.cost.work(sample.tokens);
-    bins[bin].tokens += sample.tokens;
-    by_room.emplace(capacity - bins[bin].tokens, bin);
+    room -= sample.tokens;
+    by_room.emplace(room, bin);
   }
   return bins;
 }
 
 SizedUnit on_fewest_ranks(const PlanProblem& problem, const SampleInfo& sample) {
   SizedUnit unit;
-  unit.work = problem.cost.work(sample.tokens);
-  unit.tokens = sample.tokens;
   unit.samples = {sample.id};
   const int hdp = problem.layout.hdp;
   const std::int64_t capacity = problem.capacity_tokens;
@@ -59,7 +56,8 @@ SizedUnit on_fewest_ranks(const PlanProblem& problem, const SampleInfo& sample) 
 
 /// ByteScale's algorithm 1: every sample at or above capacity on the fewest ranks that hold it, the
 /// rest packed best-fit into single-rank bins; units in the order of the batch, long ones first,
-/// each to the ranks that are free first.
+/// each to the ranks with the fewest micro-batches so far. The algorithm knows numbers of ranks and
+/// no times.
 class NaiveHdpStrategy final : public BalanceStrategy {
  public:
   [[nodiscard]] std::vector<Slot> assign(const PlanProblem& problem) const override {
@@ -71,21 +69,20 @@ class NaiveHdpStrategy final : public BalanceStrategy {
     }
     for (SizedUnit& bin : pack(problem)) units.push_back(std::move(bin));
 
-    using FreeRank = std::pair<double, int>;  // time at which the rank is free; lower rank first
-    std::priority_queue<FreeRank, std::vector<FreeRank>, std::greater<>> free;
-    for (int rank = 0; rank < problem.layout.hdp; ++rank) free.emplace(0.0, rank);
+    using NextRank = std::pair<int, int>;  // first slot in which the rank is free; lower rank first
+    std::priority_queue<NextRank, std::vector<NextRank>, std::greater<>> next;
+    for (int rank = 0; rank < problem.layout.hdp; ++rank) next.emplace(0, rank);
     SlotBuilder builder(problem.layout.hdp);
     for (SizedUnit& sized : units) {
       Unit unit;
-      double start = 0.0;
+      int slot = 0;
       for (int i = 0; i < sized.degree; ++i) {
-        start = std::max(start, free.top().first);
-        unit.ranks.push_back(free.top().second);
-        free.pop();
+        slot = next.top().first;
+        unit.ranks.push_back(next.top().second);
+        next.pop();
       }
       std::sort(unit.ranks.begin(), unit.ranks.end());
-      const double end = start + problem.cost.unit_time(sized.work, sized.tokens, sized.degree);
-      for (const int rank : unit.ranks) free.emplace(end, rank);
+      for (const int rank : unit.ranks) next.emplace(slot + 1, rank);
       unit.samples = std::move(sized.samples);
       unit.exchange = sized.degree == 1 ? Exchange::kLocal : Exchange::kRing;
       unit.offload = sized.offload;
