@@ -495,6 +495,14 @@ class StepPlan:
     def capacity_tokens(self, arg0: typing.SupportsInt) -> None:
         ...
     @property
+    def ranks_per_node(self) -> int:
+        """
+        HDP ranks of a node, as the planner was told; 0: all in one.
+        """
+    @ranks_per_node.setter
+    def ranks_per_node(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
     def samples(self) -> list[SampleInfo]:
         """
         A copy; assign a list to change it.

@@ -130,6 +130,7 @@ def problem_of(plan_of_step: StepPlan) -> PlanProblem:
     problem.layout = plan_of_step.layout
     problem.capacity_tokens = plan_of_step.capacity_tokens
     problem.lockstep = plan_of_step.lockstep
+    problem.ranks_per_node = plan_of_step.ranks_per_node
     problem.cost = plan_of_step.cost
     problem.memory = plan_of_step.memory
     problem.samples = plan_of_step.samples

@@ -195,6 +195,9 @@ StepPlan StepPlan::from_json(std::string_view text) {
   plan.layout = read_layout(root["layout"]);
   plan.capacity_tokens = root["capacity_tokens"].integer(1, PlanProblem::kMaxTokens);
   if (root.find("lockstep") != nullptr) plan.lockstep = root["lockstep"].name(parse_lockstep);
+  if (root.find("ranks_per_node") != nullptr) {
+    plan.ranks_per_node = root["ranks_per_node"].count(0);
+  }
   if (root.find("memory") != nullptr) {
     const Field memory = root["memory"];
     plan.memory.layers = memory["layers"].count(0);

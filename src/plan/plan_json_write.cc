@@ -69,6 +69,7 @@ std::string StepPlan::to_json() const {
       "  \"capacity_tokens\": {},\n  \"lockstep\": \"{}\",\n",
       layout.tp, layout.hdp, layout.pp, layout.ep, layout.chunks, capacity_tokens,
       to_string(lockstep));
+  if (ranks_per_node != 0) put(out, "  \"ranks_per_node\": {},\n", ranks_per_node);
   if (memory != MemoryModel{}) {
     put(out, "  \"memory\": {{\"layers\": {}, \"resident_layers\": {}", memory.layers,
         memory.resident_layers);

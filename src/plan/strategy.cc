@@ -142,6 +142,7 @@ StepPlan make_plan(const PlanProblem& problem, const std::string& name,
   plan.layout = problem.layout;
   plan.capacity_tokens = problem.capacity_tokens;
   plan.lockstep = problem.lockstep;
+  plan.ranks_per_node = problem.ranks_per_node;
   plan.memory = problem.memory;
   plan.cost = problem.cost;
   plan.samples = problem.samples;

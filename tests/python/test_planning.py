@@ -169,6 +169,18 @@ def test_simulate_says_what_is_wrong(
     assert says in error and error.count("\n") == 1
 
 
+def test_planning_again_remembers_nodes(ml: Any, tmp_path: Path) -> None:
+    lengths = [40_000] * 3 + [900] * 40
+    plan = ml.plan(lengths, hdp=16, capacity_tokens=16_384, ranks_per_node=4)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    read = ml.StepPlan.load(path)
+    assert read == plan and read.ranks_per_node == 4
+    again = ml.planning.make_plan(ml.planning.problem_of(read), "balanced")
+    assert again == plan
+    assert "ranks_per_node" not in ml.plan(lengths, hdp=16, capacity_tokens=16_384).to_json()
+
+
 def test_plan_takes_pipelines_and_experts(cli: Callable[..., str], tmp_path: Path) -> None:
     lengths = tmp_path / "lengths.jsonl"
     lengths.write_text("".join(json.dumps({"tokens": n, "loss_tokens": n // 2}) + "\n" for n in LENGTHS))

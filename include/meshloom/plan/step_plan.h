@@ -59,6 +59,7 @@ struct MESHLOOM_API StepPlan {
   Layout layout;
   std::int64_t capacity_tokens = 0;
   Lockstep lockstep = Lockstep::kNone;
+  int ranks_per_node = 0;  ///< HDP ranks of a node, as the planner was told; 0: all in one
   MemoryModel memory;
   CostModel cost;
   std::vector<SampleInfo> samples;

@@ -144,6 +144,8 @@ void bind_plan(py::module_& module) {
           [](StepPlan& self, const std::string& name) {
             self.lockstep = plan::parse_lockstep(name);
           })
+      .def_readwrite("ranks_per_node", &StepPlan::ranks_per_node,
+                     "HDP ranks of a node, as the planner was told; 0: all in one.")
       .def_readwrite("memory", &StepPlan::memory)
       .def_readwrite("cost", &StepPlan::cost)
       .def_readwrite("samples", &StepPlan::samples, "A copy; assign a list to change it.")

@@ -98,6 +98,8 @@ def simulate(
             problem.layout = Layout.parse(layout)
         if capacity_tokens is not None:
             problem.capacity_tokens = capacity_tokens
+        if problem.ranks_per_node == 0:
+            problem.ranks_per_node = max(1, machines.ranks_per_node // problem.layout.tp)
         if layers is not None:
             problem.memory = MemoryModel(
                 layers=layers, transfer=simulation.host_transfer(machines, workload)

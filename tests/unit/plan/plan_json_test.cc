@@ -38,6 +38,7 @@ TEST(PlanJson, ReadsBackEqualWithEqualBytes) {
   plan.slots[1].units[0].ulysses_degree = 2;
   plan.predicted.step_time = 1.0 / 3.0;
   plan.lockstep = Lockstep::kHdp;
+  plan.ranks_per_node = 3;
   plan.strategy = "a \"quoted\"\n\\ näme";
   const std::string text = plan.to_json();
   const StepPlan back = StepPlan::from_json(text);
@@ -59,6 +60,7 @@ TEST(PlanJson, ReadsTheFormatsExample) {
   })");
   EXPECT_EQ(plan.layout.hdp, 8);
   EXPECT_EQ(plan.memory.layers, 32);
+  EXPECT_EQ(plan.ranks_per_node, 0);  // files from before the field
   EXPECT_EQ(plan.slots.at(0).units.at(0).ranks, (std::vector<int>{2, 3, 4}));
   EXPECT_EQ(plan.slots[0].units[0].exchange, Exchange::kRing);
 }
