@@ -815,6 +815,14 @@ class Cluster:
     def loader_seconds(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
+    def node_bandwidth(self) -> float:
+        """
+        Of all ranks of a node together to other nodes; 0: no limit but theirs.
+        """
+    @node_bandwidth.setter
+    def node_bandwidth(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
     def nodes(self) -> int:
         """
         0: as many as the ranks need.

@@ -103,6 +103,7 @@ Cluster Cluster::from_yaml(const std::string& text, const std::string& name, con
   reader.read("slow_ranks", cluster.slow_ranks);
   reader.read_link("inside", cluster.inside);
   reader.read_link("between", cluster.between);
+  reader.read("node_bandwidth", cluster.node_bandwidth);
   reader.read_link("host", cluster.host);
   reader.read("loader_seconds", cluster.loader_seconds);
   YAML::Node workload;
@@ -110,6 +111,7 @@ Cluster Cluster::from_yaml(const std::string& text, const std::string& name, con
   reader.finish();
   reader.need(cluster.ranks_per_node >= 1, "ranks_per_node", "expected at least 1");
   reader.need(cluster.nodes >= 0, "nodes", "expected at least 1, or 0 for as many as needed");
+  reader.need(cluster.node_bandwidth >= 0.0, "node_bandwidth", "expected >= 0");
   reader.need(cluster.compute_rate > 0.0, "compute_rate", "expected > 0");
   for (const auto& [rank, rate] : cluster.slow_ranks) {
     reader.need(rank >= 0 && rate > 0.0, "slow_ranks", "expected ranks and rates > 0");

@@ -17,11 +17,33 @@ Prices::Prices(const plan::StepPlan& plan, const Cluster& cluster, const Workloa
   for (const auto& sample : plan.samples) tokens_[sample.id] = sample.tokens;
   facts_.resize(plan.slots.size());
   for (std::size_t s = 0; s < plan.slots.size(); ++s) {
-    for (const auto& unit : plan.slots[s].units) facts_[s].push_back(facts_of(unit));
+    const auto senders = leaving(plan.slots[s]);
+    for (const auto& unit : plan.slots[s].units) facts_[s].push_back(facts_of(unit, senders));
   }
 }
 
-UnitFacts Prices::facts_of(const plan::Unit& unit) const {
+std::pair<int, int> Prices::edge(const plan::Unit& unit, std::size_t at) const {
+  const auto world = [&](std::size_t position) {
+    return plan_.layout.rank({.tp = 0, .hdp = unit.ranks[position % unit.ranks.size()], .pp = 0});
+  };
+  return {world(at), world(at + 1)};
+}
+
+std::unordered_map<int, int> Prices::leaving(const plan::Slot& slot) const {
+  std::unordered_map<int, int> senders;
+  if (cluster_.node_bandwidth <= 0.0) return senders;
+  for (const auto& unit : slot.units) {
+    for (std::size_t i = 0; unit.ranks.size() > 1 && i < unit.ranks.size(); ++i) {
+      const auto [from, to] = edge(unit, i);
+      const int node = from / cluster_.ranks_per_node;
+      if (node != to / cluster_.ranks_per_node) senders[node] += plan_.layout.tp;
+    }
+  }
+  return senders;
+}
+
+UnitFacts Prices::facts_of(const plan::Unit& unit,
+                           const std::unordered_map<int, int>& leaving) const {
   UnitFacts facts;
   facts.degree = static_cast<int>(unit.ranks.size());
   for (const auto id : unit.samples) {
@@ -32,14 +54,17 @@ UnitFacts Prices::facts_of(const plan::Unit& unit) const {
   }
   facts.ring = cluster_.inside;
   int inside = 0;
-  for (int i = 0; i < facts.degree; ++i) {
-    const int a = plan_.layout.rank({.tp = 0, .hdp = unit.ranks[as_size(i)], .pp = 0});
-    const int b =
-        plan_.layout.rank({.tp = 0, .hdp = unit.ranks[as_size((i + 1) % facts.degree)], .pp = 0});
-    const Link& link = cluster_.link(a, b);
+  for (std::size_t i = 0; i < unit.ranks.size(); ++i) {
+    const auto [from, to] = edge(unit, i);
+    Link link = cluster_.link(from, to);
+    const auto senders = leaving.find(from / cluster_.ranks_per_node);
+    if (from / cluster_.ranks_per_node == to / cluster_.ranks_per_node) {
+      ++inside;
+    } else if (senders != leaving.end()) {
+      link.bandwidth = cluster_.between_bandwidth(senders->second);
+    }
     facts.ring.bandwidth = std::min(facts.ring.bandwidth, link.bandwidth);
     facts.ring.latency = std::max(facts.ring.latency, link.latency);
-    inside += &link == &cluster_.inside;
   }
   facts.share_inside = static_cast<double>(inside) / facts.degree;
   return facts;

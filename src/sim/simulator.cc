@@ -238,10 +238,13 @@ class Simulator {
   void post(int r, const Instruction& instruction) {
     auto& rank = ranks_[as_size(r)];
     const double bytes = prices_.transfer(instruction);
-    const Link& link = cluster_.link(r, instruction.peer);
+    const Link* const own = &cluster_.link(r, instruction.peer);
+    const bool inside = own == &cluster_.inside;
+    Link link = *own;
+    if (!inside) link.bandwidth = cluster_.between_bandwidth(cluster_.ranks_per_node);
     const double begin = std::max(rank.now, rank.port_free);
     rank.port_free = begin + bytes / link.bandwidth;
-    (&link == &cluster_.inside ? result_.bytes_inside : result_.bytes_between) += bytes;
+    (inside ? result_.bytes_inside : result_.bytes_between) += bytes;
     auto& channel = channels_[{r, instruction.peer}];
     channel.arrivals.push_back(begin + link.seconds(bytes));
     if (channel.waiting >= 0) runnable_.push_back(std::exchange(channel.waiting, -1));

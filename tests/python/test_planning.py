@@ -232,6 +232,16 @@ def test_compare_shows_all_strategies(cli: Callable[..., str], lengths_file: Pat
     assert {row["strategy"] for row in rows} >= {"static", "naive_hdp", "balanced", "bytescale"}
 
 
+def test_compare_orders_pipelines_by_step_time(cli: Callable[..., str], lengths_file: Path) -> None:
+    arguments = ("compare", "--lengths", lengths_file, "--hdp", 8, "--capacity", 16384, "--pp", 2)
+    rows = {row["strategy"]: row for row in json.loads(cli(*arguments, "--json")) if "error" not in row}
+    best = min(rows.values(), key=lambda row: row["step_time"])
+    table = cli(*arguments)
+    assert "x best step" in table
+    first = next(line for line in table.splitlines() if line.split()[0] in rows)
+    assert first.split()[0] == best["strategy"]
+
+
 @pytest.mark.parametrize("extra", [(), ("--pp", 2, "--chunks", 2), ("--ep", 4)])
 def test_report_is_one_page(
     cli: Callable[..., str], lengths_file: Path, tmp_path: Path, extra: tuple[object, ...]

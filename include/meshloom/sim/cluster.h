@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -25,8 +26,11 @@ struct MESHLOOM_API Cluster {
   std::map<int, double> slow_ranks;                   ///< world rank -> part of that rate
   Link inside{.bandwidth = 200e9, .latency = 5e-6};   ///< between ranks of one node
   Link between{.bandwidth = 25e9, .latency = 15e-6};  ///< between nodes, per rank
-  Link host{.bandwidth = 25e9, .latency = 10e-6};     ///< device to host memory, per rank
-  double loader_seconds = 0.0;                        ///< of one kLoad that a rank has to wait for
+  /// Bytes per second that all ranks of a node together send to other nodes; 0: no limit but
+  /// theirs.
+  double node_bandwidth = 0.0;
+  Link host{.bandwidth = 25e9, .latency = 10e-6};  ///< device to host memory, per rank
+  double loader_seconds = 0.0;                     ///< of one kLoad that a rank has to wait for
 
   /// A mapping with these fields over those of `base`; links are {bandwidth: , latency: }. A
   /// `workload` mapping beside them is `Workload::from_yaml`'s.
@@ -39,6 +43,11 @@ struct MESHLOOM_API Cluster {
 
   [[nodiscard]] const Link& link(int rank, int peer) const {
     return rank / ranks_per_node == peer / ranks_per_node ? inside : between;
+  }
+  /// Bytes per second to other nodes of each of `senders` of one node.
+  [[nodiscard]] double between_bandwidth(int senders) const {
+    if (node_bandwidth <= 0.0) return between.bandwidth;
+    return std::min(between.bandwidth, node_bandwidth / std::max(1, senders));
   }
   [[nodiscard]] double rate_of(int rank) const {
     const auto slow = slow_ranks.find(rank);

@@ -38,6 +38,8 @@ void bind_cluster(py::module_& module) {
       .def_readwrite("slow_ranks", &Cluster::slow_ranks, "A copy; assign a dict to change it.")
       .def_readwrite("inside", &Cluster::inside, "Between ranks of one node.")
       .def_readwrite("between", &Cluster::between, "Between nodes, per rank.")
+      .def_readwrite("node_bandwidth", &Cluster::node_bandwidth,
+                     "Of all ranks of a node together to other nodes; 0: no limit but theirs.")
       .def_readwrite("host", &Cluster::host, "Device to host memory, per rank.")
       .def_readwrite("loader_seconds", &Cluster::loader_seconds)
       .def_static("load", &Cluster::load, py::arg("path"))

@@ -118,7 +118,7 @@ def summary(plan: StepPlan) -> dict[str, Any]:
     degrees: dict[int, int] = {}
     for unit in units:
         degrees[len(unit.ranks)] = degrees.get(len(unit.ranks), 0) + 1
-    return {
+    facts = {
         "strategy": plan.strategy,
         "samples": len(plan.samples),
         "tokens": plan.total_tokens(),
@@ -130,6 +130,9 @@ def summary(plan: StepPlan) -> dict[str, Any]:
         "efficiency": plan.predicted.efficiency,
         "exchange_tokens": plan.predicted.exchange_tokens,
     }
+    if plan.predicted.step_time is not None:
+        facts["step_time"] = plan.predicted.step_time
+    return facts
 
 
 @takes(ProblemOptions)
@@ -172,6 +175,8 @@ def plan(
         f"{common.short(facts['makespan'])} (at least {common.short(facts['lower_bound'])}), "
         f"{facts['exchange_tokens']:,} tokens exchanged; verified; {elapsed * 1e3:.1f} ms"
     )
+    if "step_time" in facts:
+        console.print(f"step time of the programs, waiting included: {common.short(facts['step_time'])}")
     if out is not None:
         console.print(f"written to {out}")
 
@@ -262,15 +267,22 @@ def _print_comparison(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     planned = [row for row in rows if "error" not in row]
-    best = min((row["makespan"] for row in planned), default=0.0)
+    # With a pipeline or in lockstep a plan is as good as the step time of its programs.
+    measure = "step_time" if planned and "step_time" in planned[0] else "makespan"
+    best = min((row[measure] for row in planned), default=0.0)
+    titles = ["makespan", "x best", "x bound", "efficiency", "exchanged tokens", "slots", "units", "ms"]
+    if measure == "step_time":
+        titles[0:1] = ["step time", "makespan"]
+        titles[2] = "x best step"
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("strategy")
-    for title in ("makespan", "x best", "x bound", "efficiency", "exchanged tokens", "slots", "units", "ms"):
+    for title in titles:
         table.add_column(title, justify="right")
-    for row in sorted(planned, key=lambda row: row["makespan"]):
+    for row in sorted(planned, key=lambda row: row[measure]):
         bound = row["lower_bound"]
+        step = [common.short(row["step_time"])] if measure == "step_time" else []
         table.add_row(
-            row["strategy"], common.short(row["makespan"]), f"{row['makespan'] / best:.3f}",
+            row["strategy"], *step, common.short(row["makespan"]), f"{row[measure] / best:.3f}",
             f"{row['makespan'] / bound:.3f}" if bound else "-", f"{row['efficiency']:.1%}",
             f"{row['exchange_tokens']:,}", str(row["slots"]), str(row["units"]),
             f"{row['planning_seconds'] * 1e3:.1f}",

@@ -2,6 +2,7 @@
 
 #include <map>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "meshloom/mesh/rank_list.h"
@@ -58,7 +59,9 @@ class Groups {
     Group group{.ranks = ranks, .link = cluster_.inside, .on_node = {}};
     for (const int rank : ranks) ++group.on_node[rank / cluster_.ranks_per_node];
     if (group.on_node.size() > 1) {
-      group.link.bandwidth = std::min(group.link.bandwidth, cluster_.between.bandwidth);
+      // All ranks of a node are in groups like this one at the same time.
+      group.link.bandwidth =
+          std::min(group.link.bandwidth, cluster_.between_bandwidth(cluster_.ranks_per_node));
       group.link.latency = std::max(group.link.latency, cluster_.between.latency);
     }
     return group;
@@ -89,7 +92,12 @@ class Prices {
   Groups& groups() { return groups_; }
 
  private:
-  [[nodiscard]] UnitFacts facts_of(const plan::Unit& unit) const;
+  /// Ring neighbours of the units of a slot on other nodes: how many of each node's ranks have one.
+  [[nodiscard]] std::unordered_map<int, int> leaving(const plan::Slot& slot) const;
+  [[nodiscard]] UnitFacts facts_of(const plan::Unit& unit,
+                                   const std::unordered_map<int, int>& leaving) const;
+  /// World ranks of ring member `at` and of whom it sends to, of the first tensor rank and stage.
+  [[nodiscard]] std::pair<int, int> edge(const plan::Unit& unit, std::size_t at) const;
   [[nodiscard]] const UnitFacts* unit_of(const plan::Instruction& instruction) const;
   [[nodiscard]] double member_tokens(const plan::Instruction& instruction) const;
   [[nodiscard]] double piece_layers() const;

@@ -162,6 +162,39 @@ TEST(Simulator, ExposesOnlyTransferBeyondComputation) {
   EXPECT_NEAR(slow.bytes_inside, 4 * 3.0 * 3 * 8 * 1024.0 * workload.key_value_bytes, 1.0);
 }
 
+TEST(Simulator, UnitsOfASlotShareTheirNodesLink) {
+  // Three rings of two ranks each across two nodes of three; keys and values are the only cost.
+  plan::StepPlan plan;
+  plan.layout.hdp = 6;
+  plan.capacity_tokens = 100;
+  plan.cost = {.quadratic = 0.0, .linear = 1e-12, .fixed = 0.0, .exchange = 0.0};
+  plan.slots.resize(1);
+  for (int i = 0; i < 3; ++i) {
+    plan.samples.push_back({.id = i, .tokens = 200, .loss_tokens = 0});
+    plan.slots[0].units.push_back(
+        {.ranks = {i, i + 3}, .samples = {i}, .exchange = plan::Exchange::kRing});
+  }
+  plan::predict_(plan);
+  const auto programs = plan::compile(plan, {.layers = 1});
+  Workload workload = unit_workload(1.0 / 3.0);
+  workload.layers = 1;
+  workload.key_value_bytes = 10.0;
+  workload.parameter_bytes = workload.gradient_bytes = 0.0;
+  Cluster cluster = free_communication();
+  cluster.ranks_per_node = 3;
+  cluster.between = {.bandwidth = 1000.0, .latency = 0.0};
+  // One ring step of 100 tokens: 1,000 bytes forward, twice that backward.
+  EXPECT_NEAR(simulate(plan, programs, cluster, workload).step_time, 3.0, 1e-6);
+  cluster.node_bandwidth = 3000.0;  // enough for the three
+  EXPECT_NEAR(simulate(plan, programs, cluster, workload).step_time, 3.0, 1e-6);
+  cluster.node_bandwidth = 1000.0;  // a third for each
+  EXPECT_NEAR(simulate(plan, programs, cluster, workload).step_time, 9.0, 1e-6);
+  plan.slots[0].units.resize(1);  // the others have nothing to send
+  plan.samples.resize(1);
+  EXPECT_NEAR(simulate(plan, plan::compile(plan, {.layers = 1}), cluster, workload).step_time, 3.0,
+              1e-6);
+}
+
 TEST(Simulator, SavedActivationsPeakWithPipelineDepth) {
   const auto plan = equal_slots(4, 1, 16);
   const auto programs = plan::compile(plan, {.layers = 8});
