@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +69,15 @@ def _lines(path: str) -> list[str]:
         raise DataError(f"[cli.lengths] {path} is not UTF-8 text: {error}") from None
 
 
+def _whole(value: Any, name: str) -> int:
+    """A JSON number or a field of a line as an integer; 3.5, true and 1_000 are none."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{name} is {json.dumps(value, ensure_ascii=False)}, expected a whole number")
+
+
 def _sample_of(text: str) -> tuple[int, int]:
     """Tokens and loss tokens of one line; every token after the first is a target by default."""
     if text.startswith("{"):
@@ -80,16 +90,19 @@ def _sample_of(text: str) -> tuple[int, int]:
                     raise ValueError(f"{len(mask)} loss_mask entries for {len(tokens)} tokens")
                 return len(tokens), sum(1 for target in mask[1:] if target)
             tokens = len(tokens)
-        loss_tokens = entry.get("loss_tokens", max(tokens - 1, 0))
+        elif isinstance(tokens, str):
+            raise ValueError("tokens is text")
+        tokens = _whole(tokens, "tokens")
+        loss_tokens = _whole(entry.get("loss_tokens", max(tokens - 1, 0)), "loss_tokens")
     else:
-        numbers = [int(field) for field in text.replace(",", " ").split()]
+        numbers = [_whole(field, "a field") for field in text.replace(",", " ").split()]
         if len(numbers) > 2:
             raise ValueError(f"{len(numbers)} numbers")
         tokens = numbers[0]
         loss_tokens = numbers[1] if len(numbers) == 2 else max(tokens - 1, 0)
     if tokens < 1 or not 0 <= loss_tokens <= tokens:
         raise ValueError(f"{tokens} tokens with {loss_tokens} loss tokens")
-    return int(tokens), int(loss_tokens)
+    return tokens, loss_tokens
 
 
 def read_samples(path: str) -> list[SampleInfo]:
