@@ -70,12 +70,16 @@ def _lines(path: str) -> list[str]:
 
 
 def _whole(value: Any, name: str) -> int:
-    """A JSON number or a field of a line as an integer; 3.5, true and 1_000 are none."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value):
-        return int(value)
+    """A JSON number as an integer; 3.5, true and "7" are none."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError(f"{name} is {json.dumps(value, ensure_ascii=False)}, expected a whole number")
+    raise ValueError(f"{name} is {json.dumps(value)}, expected a whole number")
+
+
+def _field(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"{text} is no whole number")
+    return int(text)
 
 
 def _sample_of(text: str) -> tuple[int, int]:
@@ -90,12 +94,10 @@ def _sample_of(text: str) -> tuple[int, int]:
                     raise ValueError(f"{len(mask)} loss_mask entries for {len(tokens)} tokens")
                 return len(tokens), sum(1 for target in mask[1:] if target)
             tokens = len(tokens)
-        elif isinstance(tokens, str):
-            raise ValueError("tokens is text")
         tokens = _whole(tokens, "tokens")
         loss_tokens = _whole(entry.get("loss_tokens", max(tokens - 1, 0)), "loss_tokens")
     else:
-        numbers = [_whole(field, "a field") for field in text.replace(",", " ").split()]
+        numbers = [_field(field) for field in text.replace(",", " ").split()]
         if len(numbers) > 2:
             raise ValueError(f"{len(numbers)} numbers")
         tokens = numbers[0]
