@@ -5,7 +5,7 @@ Planning, verification and simulation; never loads LibTorch.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostFit', 'CostModel', 'CostRefiner', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'UnitTiming', 'Violation', 'Workload', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'fit_cost', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'step_time', 'strategies', 'strategy_names', 'verify']
+__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostFit', 'CostModel', 'CostRefiner', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'UnitTiming', 'Violation', 'Workload', 'check_memory', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'fit_cost', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'step_time', 'strategies', 'strategy_names', 'verify']
 class Coordinates:
     """
     Where a world rank sits.
@@ -1004,6 +1004,10 @@ class Simulation:
     @property
     def step_time(self) -> float:
         ...
+def check_memory(plan: StepPlan, programs: collections.abc.Sequence[Program], most_tokens: typing.SupportsFloat) -> list[Violation]:
+    """
+    Where a rank keeps activations of more than so many tokens of all layers at a time.
+    """
 def check_plan(plan: StepPlan) -> list[Violation]:
     """
     All violations of the plan's contracts; empty: it is valid.

@@ -24,6 +24,14 @@ struct Violation {
 [[nodiscard]] MESHLOOM_API std::vector<Violation> check_programs(
     const StepPlan& plan, const std::vector<Program>& programs);
 
+/// Checks memory over time: on no rank the activations kept between a forward and what frees them
+/// (its backward, or its deferred weight gradient) exceed those of `most_tokens` tokens of all
+/// layers; a stage's chunk of a pipeline counts as its part of the layers. 1F1B and ZB-H1 keep at
+/// most one unit's, interleaving and tables of one's own may keep more.
+[[nodiscard]] MESHLOOM_API std::vector<Violation> check_memory(const StepPlan& plan,
+                                                               const std::vector<Program>& programs,
+                                                               double most_tokens);
+
 /// @throws PlanError  the first violation's text, and how many more there are.
 MESHLOOM_API void verify(const StepPlan& plan);
 MESHLOOM_API void verify(const StepPlan& plan, const std::vector<Program>& programs);

@@ -24,6 +24,9 @@ void bind_verifier(py::module_& module) {
              "All violations of the plan's contracts; empty: it is valid.");
   module.def("check_programs", &plan::check_programs, py::arg("plan"), py::arg("programs"), NoGil(),
              "All violations of all ranks' programs together.");
+  module.def("check_memory", &plan::check_memory, py::arg("plan"), py::arg("programs"),
+             py::arg("most_tokens"), NoGil(),
+             "Where a rank keeps activations of more than so many tokens of all layers at a time.");
   module.def("verify", py::overload_cast<const StepPlan&>(&plan::verify), py::arg("plan"), NoGil(),
              "Raises PlanError naming the first violation and how many more there are.");
   module.def("verify",

@@ -118,6 +118,29 @@ TEST(Balanced, LeavesNodesWhereTheyCostTheMakespan) {
   EXPECT_NEAR(predicted.makespan, predicted.lower_bound, 1e-6);
 }
 
+TEST(Balanced, KeepsUnitsInsideNodesWhereTheyFit) {
+  constexpr int kNode = 8;
+  constexpr double kMostCrossing = 0.02;  // where only other nodes' ranks end in time
+  int crossing = 0;
+  int units = 0;
+  for (std::uint64_t seed = 0; seed < 5; ++seed) {
+    PlanProblem problem = mixed_problem(64, 1200, 8192, seed);
+    problem.ranks_per_node = kNode;
+    const StepPlan plan = make_plan(problem, "balanced");
+    EXPECT_GE(plan.predicted.efficiency, 0.99) << seed;
+    for (const Slot& slot : plan.slots) {
+      for (const Unit& unit : slot.units) {
+        if (unit.ranks.size() < 2 || unit.ranks.size() > kNode) continue;
+        ++units;
+        const auto [low, high] = std::minmax_element(unit.ranks.begin(), unit.ranks.end());
+        crossing += *low / kNode != *high / kNode;
+      }
+    }
+  }
+  EXPECT_GE(units, 100);
+  EXPECT_LE(crossing, kMostCrossing * units);
+}
+
 TEST(Balanced, LevelsMicroBatchesUnderAPipeline) {
   // Work over ranks and stages, and the bubble of some dozens of micro-batches.
   constexpr double kAboveIdeal = 1.35;

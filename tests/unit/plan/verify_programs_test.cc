@@ -1,10 +1,13 @@
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "meshloom/core/error.h"
+#include "meshloom/plan/schedule.h"
 #include "support.h"
 
 namespace meshloom::plan {
@@ -282,6 +285,41 @@ TEST(VerifyPrograms, DeferredWeightGradientMustFollow) {
                   Instruction{.op = Op::kWeightGradient, .slot = 0, .unit = 0});
             })),
             "");
+}
+
+TEST(VerifyMemory, FollowsWhatAScheduleKeeps) {
+  auto problem =
+      PlanProblem::from_lengths(std::vector<std::int64_t>(16, 100), {.hdp = 2, .pp = 4}, 100);
+  const StepPlan plan = make_plan(problem, "naive_hdp");  // 8 slots of full units
+  const auto keeps = [&](const CompileOptions& options, double tokens) {
+    return all_text(check_memory(plan, compile(plan, options), tokens));
+  };
+  for (const char* schedule : {"1f1b", "zb_h1"}) {
+    EXPECT_EQ(keeps({.layers = 4, .schedule = schedule}, 100.0), "") << schedule;
+    EXPECT_NE(keeps({.layers = 4, .schedule = schedule}, 99.0), "") << schedule;
+  }
+  // All forwards before all backwards: eight quarters of a unit.
+  auto table = std::make_shared<Schedule>();
+  table->stages.resize(4);
+  for (int stage = 0; stage < 4; ++stage) table->placement.push_back({.stage = stage, .chunk = 0});
+  for (auto& stage : table->stages) {
+    for (const Op op : {Op::kForward, Op::kBackward}) {
+      for (int slot = 0; slot < 8; ++slot) stage.push_back({.op = op, .slot = slot});
+    }
+  }
+  EXPECT_EQ(keeps({.layers = 4, .table = table}, 200.0), "");
+  const std::string text = keeps({.layers = 4, .table = table}, 150.0);
+  EXPECT_NE(text.find("activations of 175 tokens"), std::string::npos) << text;
+  EXPECT_NE(text.find("slot 6"), std::string::npos) << text;
+  // Programs that free what they do not have, or keep what they saved.
+  auto programs = compile(plan, {.layers = 4});
+  std::erase_if(programs[0].instructions,
+                [](const Instruction& at) { return at.op == Op::kBackward && at.slot == 3; });
+  std::erase_if(programs[1].instructions,
+                [](const Instruction& at) { return at.op == Op::kForward && at.slot == 2; });
+  const std::string broken = all_text(check_memory(plan, programs, 1e9));
+  EXPECT_NE(broken.find("rank 0: activations of slot 3"), std::string::npos) << broken;
+  EXPECT_NE(broken.find("were not saved"), std::string::npos) << broken;
 }
 
 TEST(VerifyPrograms, ManyShapesCompileToValidPrograms) {
