@@ -269,8 +269,8 @@ Schedule Search::run() {
   // The last of a rank's units is half empty on average.
   const double enough =
       score(model_.bound + 0.5 * model_.cost.fixed, exchange_of(first.jobs)) + kGoodEnough;
-  // One descent from the best start of each kind: degrees that the bound asks for, the same made to
-  // fit side by side, and generous ones.
+  // One descent from the best start of each kind: degrees that the bound asks for, the same raised
+  // to where a unit's place is cheapest, or made to fit side by side, and generous ones.
   struct Kind {
     double factor;
     Fit fit;
