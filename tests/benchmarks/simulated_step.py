@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 2048
-STEP_TOKENS = 6144
-CAPACITY = 4096
+STEP_TOKENS = 4096
+CAPACITY = 2560
 WARM_UP = 2
 
 MODEL = {
@@ -56,7 +56,7 @@ def lengths_of(mix: str, rng: random.Random) -> int:
     if mix == "short":
         length = 160 * math.exp(rng.gauss(0.0, 0.8))
     elif mix == "long":
-        length = rng.uniform(1500, STEP_TOKENS)
+        length = rng.uniform(1024, STEP_TOKENS)
     else:  # mixed, and the calibration's
         tail = rng.random() < 0.12
         length = 1024 / (1 - rng.random()) if tail else 250 * math.exp(rng.gauss(0.0, 1.0))
@@ -120,8 +120,8 @@ def plan_of(run: Path, step: int) -> Path:
 
 
 def spans_of(run: Path) -> list[dict[str, Any]]:
-    return [event for event in json.loads((run / "timeline.json").read_text())["traceEvents"]
-            if event.get("ph") == "X"]
+    events = json.loads((run / "timeline.json").read_text())
+    return [event for event in events if event.get("ph") == "X"]
 
 
 def calibration(run: Path) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def simulated(run: Path, step: int, facts: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", type=Path, default=Path("build/cmake/python"))
-    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--check", action="store_true", help="exit code 1 beyond 10 %%")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which is not deleted")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
