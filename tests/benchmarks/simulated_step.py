@@ -134,6 +134,8 @@ def calibration(run: Path) -> dict[str, Any]:
 
     last = max(measured(run))
     cost = ml.StepPlan.load(str(plan_of(run, last))).cost
+    if cost.linear + cost.quadratic > 1e-2:
+        raise SystemExit("the calibration run was too short to fit costs: give it more --steps")
     seconds: dict[str, list[float]] = {"reduce": [], "step": []}
     by_step: dict[tuple[str, int], list[float]] = {}
     count: dict[tuple[str, int], int] = {}
