@@ -272,20 +272,19 @@ def _print_comparison(rows: list[dict[str, Any]]) -> None:
     best = min((row[measure] for row in planned), default=0.0)
     titles = ["makespan", "x best", "x bound", "efficiency", "exchanged tokens", "slots", "units", "ms"]
     if measure == "step_time":
-        titles[0:1] = ["step time", "makespan"]
-        titles[2] = "x best step"
+        titles = ["step time", "x best", *titles[3:]]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("strategy")
     for title in titles:
         table.add_column(title, justify="right")
     for row in sorted(planned, key=lambda row: row[measure]):
         bound = row["lower_bound"]
-        step = [common.short(row["step_time"])] if measure == "step_time" else []
+        cells = [row["strategy"], common.short(row[measure]), f"{row[measure] / best:.3f}"]
+        if measure == "makespan":
+            cells.append(f"{row['makespan'] / bound:.3f}" if bound else "-")
         table.add_row(
-            row["strategy"], *step, common.short(row["makespan"]), f"{row[measure] / best:.3f}",
-            f"{row['makespan'] / bound:.3f}" if bound else "-", f"{row['efficiency']:.1%}",
-            f"{row['exchange_tokens']:,}", str(row["slots"]), str(row["units"]),
-            f"{row['planning_seconds'] * 1e3:.1f}",
+            *cells, f"{row['efficiency']:.1%}", f"{row['exchange_tokens']:,}", str(row["slots"]),
+            str(row["units"]), f"{row['planning_seconds'] * 1e3:.1f}",
         )
     console = common.console()
     if planned:
