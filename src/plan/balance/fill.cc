@@ -88,8 +88,7 @@ std::vector<Piece> fill(const Model& model, std::span<const Job> jobs, const Pla
   };
   for (std::size_t j = 0; j < jobs.size(); ++j) {
     for (std::size_t g = first_gap[j]; g < first_gap[j + 1]; ++g) emit(gaps[g]);
-    const auto ranks = placement.ranks_of(j);
-    pieces.push_back({{ranks.begin(), ranks.end()}, {jobs[j].item}});
+    pieces.push_back({placement.ranks_of(j), {jobs[j].item}});
   }
   for (std::size_t g = inner; g < gaps.size(); ++g) emit(gaps[g]);
   return pieces;

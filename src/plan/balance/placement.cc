@@ -123,7 +123,6 @@ void Placement::reorder_(std::size_t node) {
 }
 
 void Placement::record_(double start, double time, double gap) {
-  std::sort(ranks_.begin() + static_cast<std::ptrdiff_t>(offset_.back()), ranks_.end());
   offset_.push_back(ranks_.size());
   start_.push_back(start);
   end_.push_back(start + time);
@@ -245,9 +244,15 @@ void Placement::place_job_(const Job& job, double target, const PlacementRule& r
   }
 }
 
-void Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule) {
+bool Placement::place(std::span<const Job> jobs, double target, const PlacementRule& rule,
+                      double latest) {
+  if (latest < 0.0) return false;
   reset_();
-  for (const Job& job : jobs) place_job_(job, target, rule);
+  for (const Job& job : jobs) {
+    place_job_(job, target, rule);
+    if (end_.back() > latest) return false;
+  }
+  return true;
 }
 
 std::vector<int> Placement::degrees_from(int least) const {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -28,7 +29,8 @@ class Placement {
   explicit Placement(const Model& model);
 
   /// Places `jobs` in the given order on empty ranks. `target` is the makespan aimed at.
-  void place(std::span<const Job> jobs, double target, const PlacementRule& rule);
+  /// @returns false as soon as one ends after `latest`: what is placed then is of no use
+  bool place(std::span<const Job> jobs, double target, const PlacementRule& rule, double latest);
 
   /// The same, and gives each job the degree, at least its own, at which its place is cheapest:
   /// often just as many ranks as are free together.
@@ -40,8 +42,12 @@ class Placement {
   /// first) and `fluid` more work fill the gaps.
   [[nodiscard]] double estimate(std::span<const double> singles, double fluid);
 
-  [[nodiscard]] std::span<const int> ranks_of(std::size_t job) const {
-    return std::span<const int>(ranks_).subspan(offset_[job], offset_[job + 1] - offset_[job]);
+  /// Ascending.
+  [[nodiscard]] std::vector<int> ranks_of(std::size_t job) const {
+    std::vector<int> ranks(ranks_.begin() + static_cast<std::ptrdiff_t>(offset_[job]),
+                           ranks_.begin() + static_cast<std::ptrdiff_t>(offset_[job + 1]));
+    std::sort(ranks.begin(), ranks.end());
+    return ranks;
   }
   [[nodiscard]] double start_of(std::size_t job) const { return start_[job]; }
   [[nodiscard]] double end_of(std::size_t job) const { return end_[job]; }

@@ -35,14 +35,19 @@ constexpr int kPatience = 400;
 /// How much worse a change may be at first.
 constexpr double kUphill = 0.001;
 
+/// A makespan is not late by rounding alone.
+constexpr double kRounding = 1e-9;
+
 constexpr PlacementRule kRules[] = {{1.0, 4.0}, {0.2, 4.0}, {0.02, 4.0}};
+
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 struct Candidate {
   std::vector<Job> jobs;  ///< in placement order
   PlacementRule rule;
   double target = 0.0;
   double makespan = 0.0;  ///< estimate
-  double score = std::numeric_limits<double>::infinity();
+  double score = kNever;
 };
 
 class Search {
@@ -54,7 +59,10 @@ class Search {
  private:
   enum class Fit { kNone, kAligned, kFree };
   Candidate start_(double target, Fit fit, const PlacementRule& rule);
-  void evaluate_(Candidate& candidate);
+  /// @param most  score beyond which the candidate is of no use; its own is then infinite
+  void evaluate_(Candidate& candidate, double most = kNever);
+  /// The longest makespan whose price is at most `price`.
+  [[nodiscard]] double latest(double price) const;
   [[nodiscard]] int random_degree_(const Candidate& candidate, int now);
   void set_degree_(Candidate& candidate, int item, int degree) const;
   void change_(Candidate& candidate);
@@ -120,8 +128,26 @@ double Search::score(double makespan, double exchange) const {
   return price + kTrafficPrice * exchange / traffic_;
 }
 
-void Search::evaluate_(Candidate& candidate) {
-  placement_.place(candidate.jobs, candidate.target, candidate.rule);
+double Search::latest(double price) const {
+  if (price < 0.0) return -1.0;
+  double slope = 0.0;
+  for (std::size_t i = 0; i < std::size(kGapSlopes); ++i) {
+    slope += kGapSlopes[i].second;
+    const double gap = kGapSlopes[i].first + price / slope;
+    if (i + 1 == std::size(kGapSlopes) || gap < kGapSlopes[i + 1].first) {
+      return model_.bound * (1.0 + gap) * (1.0 + kRounding);
+    }
+    price -= slope * (kGapSlopes[i + 1].first - kGapSlopes[i].first);
+  }
+  return -1.0;
+}
+
+void Search::evaluate_(Candidate& candidate, double most) {
+  const double traffic = kTrafficPrice * exchange_of(candidate.jobs) / traffic_;
+  candidate.score = kNever;
+  if (!placement_.place(candidate.jobs, candidate.target, candidate.rule, latest(most - traffic))) {
+    return;
+  }
   std::fill(placed_.begin(), placed_.end(), 0);
   for (const Job& job : candidate.jobs) placed_[static_cast<std::size_t>(job.item)] = 1;
   singles_.clear();
@@ -215,9 +241,10 @@ void Search::improve_(Candidate& best, int rounds, double enough) {
     if (round > last + kPatience) break;
     trial = now;
     change_(trial);
-    evaluate_(trial);
     const double left = 1.0 - static_cast<double>(round) / rounds;
-    if (trial.score > now.score + kUphill * left * left) continue;
+    const double most = now.score + kUphill * left * left;
+    evaluate_(trial, most);
+    if (trial.score > most) continue;
     std::swap(trial, now);
     if (now.score < best.score) {
       best = now;
@@ -227,7 +254,7 @@ void Search::improve_(Candidate& best, int rounds, double enough) {
 }
 
 Schedule Search::finish_(const Candidate& candidate, bool consolidate) {
-  placement_.place(candidate.jobs, candidate.target, candidate.rule);
+  (void)placement_.place(candidate.jobs, candidate.target, candidate.rule, kNever);
   std::fill(placed_.begin(), placed_.end(), 0);
   for (const Job& job : candidate.jobs) placed_[static_cast<std::size_t>(job.item)] = 1;
   std::vector<int> singles;
@@ -279,7 +306,7 @@ Schedule Search::run() {
   double tried = 0.0;
   Candidate best_candidate;
   Schedule best_schedule;
-  double best_score = std::numeric_limits<double>::infinity();
+  double best_score = kNever;
   const auto settle = [&](const Candidate& candidate) {  // true if nothing better is in sight
     Schedule schedule = finish_(candidate, false);
     const double reached = score(schedule.makespan, schedule.exchange);
