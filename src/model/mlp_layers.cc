@@ -44,16 +44,17 @@ DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, s
   }
 }
 
+at::Tensor DenseLayer::project(const Pass& pass, const at::Tensor& x) const {
+  const HeldWeight weight(pass.context.parameters, gate_up_.weight);
+  const HeldWeight bias(pass.context.parameters, gate_up_.bias);
+  return pass.context.linear.column(x, *weight, *bias);
+}
+
 at::Tensor DenseLayer::forward(Pass& pass, const at::Tensor& x) const {
   const StageContext& context = pass.context;
-  at::Tensor gate_up;
-  {
-    const HeldWeight weight(context.parameters, gate_up_.weight);
-    const HeldWeight bias(context.parameters, gate_up_.bias);
-    gate_up = context.linear.column(x, *weight, *bias);
-  }
+  at::Tensor gate_up = project(pass, x);
   const at::Tensor activation = ops::swiglu(gate_up);
-  pass.save(Activation::kMlp, gate_up);
+  if (!pass.recomputes_projections()) pass.save(Activation::kMlp, gate_up);
   gate_up.reset();
   const HeldWeight weight(context.parameters, down_.weight);
   const HeldWeight bias(context.parameters, down_.bias);
@@ -63,7 +64,8 @@ at::Tensor DenseLayer::forward(Pass& pass, const at::Tensor& x) const {
 at::Tensor DenseLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
   const StageContext& context = pass.context;
   WeightGradSink& sink = *context.gradients;
-  at::Tensor gate_up = pass.restore(Activation::kMlp);  // becomes its gradient
+  at::Tensor gate_up =  // becomes its gradient
+      pass.recomputes_projections() ? project(pass, x) : pass.restore(Activation::kMlp);
   {
     ShardedLinear::RowGradients through;
     {
@@ -100,6 +102,11 @@ MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::
                            {experts_, hidden, inner});
 }
 
+at::Tensor MoeLayer::project(const Pass& pass, const DispatchedTokens& tokens) const {
+  const HeldWeight weight(pass.context.parameters, gate_up_);
+  return ops::grouped_matmul_nt(tokens.rows, *weight, tokens.expert_rows);
+}
+
 at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
   const StageContext& context = pass.context;
   ops::RouterOutput routed;
@@ -114,16 +121,12 @@ at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
                                        routed.experts, context.stream);
   }
   DispatchedTokens tokens = context.dispatcher.dispatch(x, routed.experts, experts_);
-  at::Tensor gate_up;
-  {
-    const HeldWeight weight(context.parameters, gate_up_);
-    gate_up = ops::grouped_matmul_nt(tokens.rows, *weight, tokens.expert_rows);
-  }
+  at::Tensor gate_up = project(pass, tokens);
   const bool keeps_rows = context.dispatcher.keeps_rows();
   if (!keeps_rows) tokens.rows.reset();
   const at::Tensor activation = ops::swiglu(gate_up);
   if (pass.saves()) {
-    pass.save(Activation::kMlp, gate_up);
+    if (!pass.recomputes_projections()) pass.save(Activation::kMlp, gate_up);
     if (keeps_rows) pass.save(Activation::kMlp, tokens.rows);
     pass.save(Activation::kRouting, expert_rows_tensor(tokens.expert_rows));
     pass.save(Activation::kRouting, tokens.source);
@@ -158,7 +161,17 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
 
   CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
-  at::Tensor gate_up = pass.restore(Activation::kMlp);  // becomes its gradient
+  const auto fetch_rows = [&] {
+    if (tokens.rows.defined()) return;
+    tokens.rows = context.dispatcher.rows_again(x, tokens, router_options_.top_k);
+  };
+  at::Tensor gate_up;  // becomes its gradient
+  if (pass.recomputes_projections()) {
+    fetch_rows();
+    gate_up = project(pass, tokens);
+  } else {
+    gate_up = pass.restore(Activation::kMlp);
+  }
   at::Tensor dweights;
   {
     at::Tensor activation;
@@ -170,9 +183,7 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
     sink.grouped_linear(down_, combined.rows, activation, tokens.expert_rows);
   }
   combined = {};
-  if (!tokens.rows.defined()) {
-    tokens.rows = context.dispatcher.rows_again(x, tokens, router_options_.top_k);
-  }
+  fetch_rows();
   sink.grouped_linear(gate_up_, gate_up, tokens.rows, tokens.expert_rows);
   tokens.rows.reset();
   at::Tensor drows;

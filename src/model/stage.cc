@@ -52,6 +52,26 @@ void check_vocabulary(const SequenceBatch& batch, std::int64_t vocabulary) {
                   *bad, batch.positions[row].item<std::int64_t>(), vocabulary));
 }
 
+/// Hands the balance loss's gradient of a layer on and keeps it, or gives back what was kept:
+/// routing that is computed again must not be counted again.
+class BalanceTape final : public RouterBalance {
+ public:
+  explicit BalanceTape(RouterBalance* balance) : balance_(balance) {}
+  explicit BalanceTape(at::Tensor kept) : kept_(std::move(kept)) {}
+  at::Tensor observe(int layer, const at::Tensor& probabilities, const at::Tensor& experts,
+                     const SequenceBatch& batch) override {
+    if (balance_ != nullptr) {
+      kept_ = std::exchange(balance_, nullptr)->observe(layer, probabilities, experts, batch);
+    }
+    return kept_;
+  }
+  [[nodiscard]] const at::Tensor& kept() const { return kept_; }
+
+ private:
+  RouterBalance* balance_ = nullptr;
+  at::Tensor kept_;
+};
+
 /// One decoder layer: two norms, attention, and a dense or mixture-of-experts layer.
 class DecoderLayer {
  public:
@@ -69,6 +89,45 @@ class DecoderLayer {
   }
 
   void forward(Pass& pass, ResidualStream& h) const {
+    if (!recomputes(pass)) return forward_kept(pass, h);
+    if (h.pending.defined()) h = {h.pending.add_(h.stream), {}};
+    pass.save(Activation::kLayerInput, h.stream);
+    StageContext bare = pass.context;
+    BalanceTape tape(pass.context.balance);
+    if (bare.balance != nullptr) bare.balance = &tape;
+    bare.gradients = nullptr;
+    bare.activations = nullptr;
+    Pass unsaved{bare, pass.tables};
+    forward_kept(unsaved, h);
+    pass.z_loss_sum += unsaved.z_loss_sum;
+    pass.save(Activation::kRouting, tape.kept());
+  }
+
+  /// dh becomes the gradient of the layer's input.
+  void backward(Pass& pass, at::Tensor& dh) const {
+    if (!recomputes(pass)) {
+      backward_kept(pass, dh);
+    } else {
+      BalanceTape tape(pass.restore(Activation::kRouting));
+      ResidualStream h{pass.restore(Activation::kLayerInput), {}};
+      ResidentActivations activations;
+      StageContext again = pass.context;
+      if (again.balance != nullptr) again.balance = &tape;
+      again.activations = &activations;
+      Pass saved{again, pass.tables};
+      forward_kept(saved, h);
+      h = {};
+      backward_kept(saved, dh);
+    }
+    pass.context.gradients->layer_done(layer_);
+  }
+
+ private:
+  static bool recomputes(const Pass& pass) {
+    return pass.saves() && pass.context.recompute == Recompute::kFull;
+  }
+
+  void forward_kept(Pass& pass, ResidualStream& h) const {
     at::Tensor x = normalize(pass, h, input_norm_);
     h.pending = attention_.forward(pass, x);
     pass.save(Activation::kLayerInput, h.stream);
@@ -77,17 +136,14 @@ class DecoderLayer {
     pass.save(Activation::kLayerInput, h.stream);
   }
 
-  /// dh becomes the gradient of the layer's input.
-  void backward(Pass& pass, at::Tensor& dh) const {
+  void backward_kept(Pass& pass, at::Tensor& dh) const {
     sublayer_backward(pass, dh, post_norm_, [&](const at::Tensor& x) {
       return std::visit([&](const auto& mlp) { return mlp.backward(pass, dh, x); }, mlp_);
     });
     sublayer_backward(pass, dh, input_norm_,
                       [&](const at::Tensor& x) { return attention_.backward(pass, dh, x); });
-    pass.context.gradients->layer_done(layer_);
   }
 
- private:
   /// Settles what is pending and returns the norm of the stream.
   at::Tensor normalize(const Pass& pass, ResidualStream& h, const ParameterHandle& norm) const {
     const HeldWeight weight(pass.context.parameters, norm);
@@ -266,6 +322,14 @@ class DecoderStage final : public Stage {
 };
 
 }  // namespace
+
+Recompute parse_recompute(const std::string& name) {
+  if (name == "none") return Recompute::kNone;
+  if (name == "selective") return Recompute::kSelective;
+  MESHLOOM_CHECK(name == "full", "model.recompute",
+                 fmt::format("got \"{}\", expected none, selective or full", name));
+  return Recompute::kFull;
+}
 
 std::unique_ptr<Stage> build_stage(const ModelConfig& config,
                                    std::pair<std::int64_t, std::int64_t> layers,

@@ -43,8 +43,7 @@ struct SlotWork {
   int open_chunks = 0;  ///< model chunks that still need it
 };
 
-/// What one chunk of it keeps between forward and backward.
-struct ChunkWork {
+struct ChunkWork {  ///< what one chunk of it keeps between forward and backward
   model::ResidentActivations activations;
   detail::DeferredGradients deferred;
 };
@@ -311,7 +310,8 @@ class Executor::Impl {
             .gradients = step.training ? &sink : nullptr,
             .activations = step.training ? &work.activations : nullptr,
             .loss_weight = step.loss_weight,
-            .z_loss_weight = step.z_loss_weight};
+            .z_loss_weight = step.z_loss_weight,
+            .recompute = options_.recompute};
   }
 
   /// What the neighbouring piece of the model made for this chunk: of this rank, or received.

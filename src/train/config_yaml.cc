@@ -78,6 +78,7 @@ void fields(auto& visit, Is<ParallelSection> auto& parallel) {
   visit("zero", parallel.zero);
   visit("pipeline", parallel.pipeline);
   visit("split", parallel.split);
+  visit("recompute", parallel.recompute);
 }
 
 void fields(auto& visit, Is<CheckpointSection> auto& checkpoint) {

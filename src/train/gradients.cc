@@ -171,6 +171,7 @@ GradientsResult gradients(const GradientsOptions& options,
   };
   parallel::ExecutorOptions executor_options;
   executor_options.record_spans = false;
+  executor_options.recompute = model::parse_recompute(options.parallel.recompute);
   parallel::Executor executor(stages, placement, groups, executor_options);
   const auto sum = [&](at::Tensor& counts) {
     world.all_reduce_(counts, comm::ReduceOp::kSum, {.timeout = std::nullopt, .purpose = "balance"})

@@ -175,6 +175,7 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   }
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
+  options.recompute = model::parse_recompute(config_.parallel.recompute);
   executor_ = std::make_unique<parallel::Executor>(stages_, placement_, *groups_, options);
 
   if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));

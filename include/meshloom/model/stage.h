@@ -19,6 +19,15 @@
 
 namespace meshloom::model {
 
+/// What backward computes again instead of keeping it. `kSelective`: the gate and up projections,
+/// the largest tensors of a layer, from its norm: no communication but that of tensor parallelism.
+/// `kFull`: the whole layer from its input, exchange and dispatch included, so that every rank of a
+/// step has to do it. Results are the same bits.
+enum class Recompute : std::uint8_t { kNone, kSelective, kFull };
+
+/// "none", "selective", "full". @throws InvalidArgument  another name.
+[[nodiscard]] MESHLOOM_API Recompute parse_recompute(const std::string& name);
+
 /// Everything a stage asks of the world while it runs one micro-batch. Not owned.
 struct StageContext {
   const SequenceBatch& batch;
@@ -34,6 +43,7 @@ struct StageContext {
   ActivationStore* activations = nullptr;  ///< set together with `gradients`
   double loss_weight = 1.0;                ///< of one loss token: 1 / loss tokens of the step
   double z_loss_weight = 0.0;  ///< z-loss coefficient / tokens of the step, of one token and layer
+  Recompute recompute = Recompute::kNone;
 };
 
 /// What a stage's forward gives.

@@ -47,6 +47,7 @@ struct StepOutcome {
 struct ExecutorOptions {
   double z_loss_coefficient = 0.0;
   bool record_spans = true;
+  model::Recompute recompute = model::Recompute::kNone;  ///< the same on all ranks
   /// Called before each instruction, within its measured time, e.g. to inject delays and failures
   /// in tests; may throw.
   std::function<void(const plan::Instruction&)> before;

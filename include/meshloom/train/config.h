@@ -71,8 +71,9 @@ struct CheckpointSection {
 /// How the model is spread over the layout's ranks.
 struct ParallelSection {
   int zero = 1;  ///< what is sharded over replicas: 1 optimizer state, 2 gradients, 3 parameters
-  std::string pipeline;    ///< schedule by name; empty: 1f1b, with chunks interleaved_1f1b
-  std::vector<int> split;  ///< layers of each piece of the pipeline; empty: even
+  std::string pipeline;            ///< schedule by name; empty: 1f1b, with chunks interleaved_1f1b
+  std::vector<int> split;          ///< layers of each piece of the pipeline; empty: even
+  std::string recompute = "none";  ///< what backward computes again: none, selective, full
 };
 
 /// One training run, as config.yaml says it. Unknown keys are refused by name, with the

@@ -84,7 +84,8 @@ void bind_sections(py::module_& module) {
       .def(keyword_init<ParallelSection>("train.ParallelSection"))
       .def_readwrite("zero", &ParallelSection::zero)
       .def_readwrite("pipeline", &ParallelSection::pipeline)
-      .def_readwrite("split", &ParallelSection::split);
+      .def_readwrite("split", &ParallelSection::split)
+      .def_readwrite("recompute", &ParallelSection::recompute);
   using train::CheckpointSection;
   py::class_<CheckpointSection>(module, "CheckpointSection", "When to save, and how to resume.")
       .def(keyword_init<CheckpointSection>("train.CheckpointSection"))

@@ -62,6 +62,9 @@ def gradients(
             show_default=False,
         ),
     ] = "",
+    recompute: Annotated[
+        str, typer.Option("--recompute", help="What backward computes again: none, selective, full.")
+    ] = "none",
     as_json: common.JsonOption = False,
 ) -> None:
     """Compute one step's loss and all gradients under a layout.
@@ -90,7 +93,7 @@ def gradients(
     options = training.GradientsOptions(
         model=model, dtype=dtype, device=device, layout=mesh, strategy=strategy,
         capacity_tokens=capacity_tokens, plan=given, aux_loss=aux_loss,
-        parallel=training.ParallelSection(zero=zero, pipeline=pipeline),
+        parallel=training.ParallelSection(zero=zero, pipeline=pipeline, recompute=recompute),
     )
     if ":" in strategy and given is None:
         options.plan = _own_plan(documents, mesh, strategy, capacity_tokens)

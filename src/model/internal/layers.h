@@ -39,6 +39,9 @@ struct Pass {
   double z_loss_sum = 0.0;
 
   [[nodiscard]] bool saves() const { return context.gradients != nullptr; }
+  [[nodiscard]] bool recomputes_projections() const {
+    return context.recompute == Recompute::kSelective;
+  }
   void save(Activation kind, const at::Tensor& tensor) const {
     if (saves()) context.activations->push(kind, tensor);
   }
@@ -83,6 +86,8 @@ class DenseLayer {
   at::Tensor backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const;
 
  private:
+  at::Tensor project(const Pass& pass, const at::Tensor& x) const;
+
   LinearHandles gate_up_;
   LinearHandles down_;
 };
@@ -94,6 +99,8 @@ class MoeLayer {
   at::Tensor backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const;
 
  private:
+  at::Tensor project(const Pass& pass, const DispatchedTokens& tokens) const;
+
   std::int64_t layer_;
   std::int64_t experts_;
   ops::RouterOptions router_options_;

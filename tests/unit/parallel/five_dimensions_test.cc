@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -37,11 +38,13 @@ struct Cell {
   std::string schedule{};
   std::vector<int> split{};
   const char* config = kDeepMoe;
+  model::Recompute recompute = model::Recompute::kNone;
 };
 
 std::string name_of(const Cell& cell) {
   return cell.layout.to_string() + " zero " + std::to_string(cell.zero) + " " + cell.schedule +
-         (cell.config == kDeepMoe ? " moe" : " dense");
+         (cell.config == kDeepMoe ? " moe" : " dense") + " recompute " +
+         std::to_string(static_cast<int>(cell.recompute));
 }
 
 /// Units of one, two, three and all ranks, with idle ranks.
@@ -57,7 +60,8 @@ void run_cell(const Cell& cell) {
   Setting setting{.config = cell.config,
                   .zero = parse_zero(cell.zero),
                   .schedule = cell.schedule,
-                  .split = cell.split};
+                  .split = cell.split,
+                  .recompute = cell.recompute};
   if (moe) {
     setting.balance = cell.layout.pp % 2 == 0 ? "sequence" : "global";
     setting.z_loss = 0.02;
@@ -111,8 +115,11 @@ std::vector<Pipeline> pipelines_of(int pp) {
 }
 
 /// tp {1, 2} x pp {1, 2, 3} x hdp {1, 2, 3, 4} x ep {1, 2} x ZeRO {1, 2, 3} x schedule: all that
-/// fits 8 ranks.
+/// fits 8 ranks, with the three ways of recomputing in turn, or each of them in the full run.
 TEST(FiveDimensions, EveryCellOfTheMatrixEqualsOneRank) {
+  const bool full = std::getenv("MESHLOOM_FULL") != nullptr;
+  const std::vector<model::Recompute> ways{model::Recompute::kNone, model::Recompute::kSelective,
+                                           model::Recompute::kFull};
   int cells = 0;
   for (const char* config : {kDeepDense, kDeepMoe}) {
     for (const int tp : {1, 2}) {
@@ -122,12 +129,21 @@ TEST(FiveDimensions, EveryCellOfTheMatrixEqualsOneRank) {
             if (tp * pp * hdp > 8 || hdp % ep != 0) continue;
             for (const Pipeline& pipeline : pipelines_of(pp)) {
               for (const int zero : {1, 2, 3}) {
-                run_cell({.layout =
-                              {.tp = tp, .hdp = hdp, .pp = pp, .ep = ep, .chunks = pipeline.chunks},
-                          .zero = zero,
-                          .schedule = pipeline.schedule,
-                          .split = pipeline.split,
-                          .config = config});
+                // In turn, so that every way meets every level of ZeRO.
+                const int turn = cells / 3 + cells;
+                for (const auto recompute : ways) {
+                  if (!full && recompute != ways[static_cast<std::size_t>(turn) % ways.size()]) {
+                    continue;
+                  }
+                  run_cell(
+                      {.layout =
+                           {.tp = tp, .hdp = hdp, .pp = pp, .ep = ep, .chunks = pipeline.chunks},
+                       .zero = zero,
+                       .schedule = pipeline.schedule,
+                       .split = pipeline.split,
+                       .config = config,
+                       .recompute = recompute});
+                }
                 ++cells;
               }
             }

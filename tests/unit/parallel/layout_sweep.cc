@@ -137,6 +137,7 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   const auto& program = programs[static_cast<std::size_t>(world.rank())];
   ExecutorOptions options;
   options.z_loss_coefficient = setting.z_loss;
+  options.recompute = setting.recompute;
   RankRun rank(world, placement, setting.dtype, options);
 
   const auto load = loader_of(documents);

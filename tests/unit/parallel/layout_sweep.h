@@ -12,6 +12,7 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/model/config.h"
 #include "meshloom/model/reference.h"
+#include "meshloom/model/stage.h"
 #include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/sample_batch.h"
 #include "meshloom/plan/step_plan.h"
@@ -49,6 +50,7 @@ struct Setting {
   Zero zero = Zero::kOptimizer;
   std::string schedule{};    ///< of the pipeline, by name
   std::vector<int> split{};  ///< layers of its pieces
+  model::Recompute recompute = model::Recompute::kNone;
 };
 
 struct Expected {
