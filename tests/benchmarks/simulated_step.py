@@ -3,6 +3,8 @@
 A small model trains on one mix of lengths; the trainer fits the cost model to its units, and the
 timeline of those steps gives what a step costs beside them. With this calibration, frozen, three
 other mixes are trained, and every step's plan file is simulated on a description of this machine.
+Beside that, every second step is simulated with costs fitted to the steps between: what a machine
+does that is busy with something else meets both alike.
 
     python tests/benchmarks/simulated_step.py --python build/cmake/python
 
@@ -124,42 +126,79 @@ def spans_of(run: Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("ph") == "X"]
 
 
-def calibration(run: Path) -> dict[str, Any]:
-    """Cost coefficients as the trainer last had them, and seconds of a step beside its units.
+def beside_units(run: Path) -> dict[str, float]:
+    """Seconds of a step's reduction and update.
 
     Ranks come to the reduction at different times, and wait there: the shorter of the two slices of
     a step is the reduction itself.
     """
-    import meshloom as ml
-
-    last = max(measured(run))
-    cost = ml.StepPlan.load(str(plan_of(run, last))).cost
-    if cost.linear + cost.quadratic > 1e-2:
-        raise SystemExit("the calibration run was too short to fit costs: give it more --steps")
-    seconds: dict[str, list[float]] = {"reduce": [], "step": []}
-    by_step: dict[tuple[str, int], list[float]] = {}
-    count: dict[tuple[str, int], int] = {}
+    by_step: dict[str, dict[int, list[float]]] = {"reduce": {}, "step": {}}
     for span in spans_of(run):
         name = span["name"].split()[0]
-        if name in seconds:
-            rank = span["pid"]
-            index = count.get((name, rank), 0)
-            count[name, rank] = index + 1
-            by_step.setdefault((name, index), []).append(span["dur"] * 1e-6)
-    for (name, index), values in by_step.items():
-        if index >= WARM_UP:
-            seconds[name].append(min(values))
+        if name in by_step and span["args"]["step"] >= WARM_UP:
+            by_step[name].setdefault(span["args"]["step"], []).append(span["dur"] * 1e-6)
     return {
-        "cost": {name: getattr(cost, name) for name in ("quadratic", "linear", "fixed", "exchange")},
-        "reduce_seconds": statistics.median(seconds["reduce"]),
-        "step_seconds": statistics.median(seconds["step"]),
+        f"{name}_seconds": statistics.median(min(values) for values in steps.values())
+        for name, steps in by_step.items()
     }
+
+
+def calibration(run: Path) -> dict[str, Any]:
+    """Cost coefficients as the trainer last had them, and what a step costs beside its units."""
+    import meshloom as ml
+
+    cost = ml.StepPlan.load(str(plan_of(run, max(measured(run))))).cost
+    if cost.linear + cost.quadratic > 1e-2:
+        raise SystemExit("the calibration run was too short to fit costs: give it more --steps")
+    names = ("quadratic", "linear", "fixed", "exchange")
+    return {"cost": {name: getattr(cost, name) for name in names}} | beside_units(run)
+
+
+def fitted(run: Path, steps: list[int]) -> dict[str, Any] | None:
+    """The same from some steps' units alone; None where they are too alike."""
+    import meshloom as ml
+
+    busy: dict[tuple[int, int, int], list[float]] = {}
+    for span in spans_of(run):
+        at = span["args"]
+        if span["name"].split()[0] in ("forward", "backward"):
+            busy.setdefault((at["step"], at["slot"], at["unit"]), []).append(span["dur"] * 1e-6)
+    timings = []
+    for step in steps:
+        plan = ml.StepPlan.load(str(plan_of(run, step)))
+        tokens = {sample.id: sample.tokens for sample in plan.samples}
+        for s, slot in enumerate(plan.slots):
+            for u, unit in enumerate(slot.units):
+                seconds = sum(busy[step, s, u]) / len(unit.ranks)
+                lengths = [tokens[sample] for sample in unit.samples]
+                timings.append(ml.UnitTiming(lengths, seconds, len(unit.ranks)))
+    try:
+        cost = ml.fit_cost(timings).model
+    except ml.InvalidArgument:
+        return None
+    return {"cost": {name: getattr(cost, name) for name in ("quadratic", "linear", "fixed")}} | beside_units(run)
+
+
+def alternating(run: Path) -> float | None:
+    """Simulated over measured time of steps, each with costs fitted to the steps of other parity."""
+    real = measured(run)
+    sums = [0.0, 0.0]
+    for parity in (0, 1):
+        facts = fitted(run, [step for step in real if step % 2 == parity])
+        if facts is None:
+            continue
+        for step in real:
+            if step % 2 != parity:
+                sums[0] += simulated(run, step, facts)
+                sums[1] += real[step]
+    return sums[0] / sums[1] if sums[1] else None
 
 
 def simulated(run: Path, step: int, facts: dict[str, Any]) -> float:
     import meshloom as ml
 
     plan = ml.StepPlan.load(str(plan_of(run, step)))
+    plan.cost = ml.CostModel(**facts["cost"])
     # Two ranks send half of the gradients each; the gather of parameters is inside `step_seconds`.
     bandwidth = PARAMETER_BYTES / 2 / facts["reduce_seconds"]
     cluster = ml.Cluster.from_yaml(
@@ -193,8 +232,8 @@ def main() -> None:
         under_mpi(arguments, folder, "calibration", None)
         facts = calibration(folder / "calibration")
         print(json.dumps(facts))
-        print("| mix | steps | measured | simulated | ratio | of single steps |")
-        print("|---|---|---|---|---|---|")
+        print("| mix | steps | measured | simulated | ratio | of single steps | calibrated in turns |")
+        print("|---|---|---|---|---|---|---|")
         for mix in ("short", "mixed", "long"):
             under_mpi(arguments, folder, mix, facts["cost"])
             real = measured(folder / mix)
@@ -202,8 +241,10 @@ def main() -> None:
             ratio = sum(model.values()) / sum(real.values())
             single = sorted(model[step] / real[step] for step in real)
             worst = max(worst, abs(ratio - 1.0))
+            turns = alternating(folder / mix)
             print(f"| {mix} | {len(real)} | {sum(real.values()):.2f} s | {sum(model.values()):.2f} s "
-                  f"| {ratio:.3f} | {single[0]:.3f} to {single[-1]:.3f} |", flush=True)
+                  f"| {ratio:.3f} | {single[0]:.3f} to {single[-1]:.3f} "
+                  f"| {'-' if turns is None else f'{turns:.3f}'} |", flush=True)
     if arguments.check and worst > 0.1:
         raise SystemExit(f"simulated step times are {worst:.1%} off")
 
