@@ -55,8 +55,12 @@ class ModelState::Chunk final : public model::ParameterSource, public model::Wei
       for (const model::ParameterSpec& spec : state_.parts_[p].place.table.parameters) {
         if (table_.find_if(spec.name) == nullptr) continue;
         homes_.emplace(spec.name, Home{p, spec.offset});
-        auto& layer = layers_[spec.layer];
-        if (std::find(layer.begin(), layer.end(), p) == layer.end()) layer.push_back(p);
+        const auto add = [&](Layers& layers) {
+          auto& parts = layers[spec.layer];
+          if (std::find(parts.begin(), parts.end(), p) == parts.end()) parts.push_back(p);
+        };
+        add(parts_);
+        if (state_.parts_[p].space.zero() == Zero::kParameters) add(layers_);
       }
     }
   }
@@ -104,8 +108,8 @@ class ModelState::Chunk final : public model::ParameterSource, public model::Wei
   }
   [[nodiscard]] bool last() const { return last_; }
   [[nodiscard]] std::span<const std::size_t> parts_of(std::int64_t layer) const {
-    const auto found = layers_.find(layer);
-    return found == layers_.end() ? std::span<const std::size_t>() : found->second;
+    const auto found = parts_.find(layer);
+    return found == parts_.end() ? std::span<const std::size_t>() : found->second;
   }
 
  private:
@@ -180,20 +184,25 @@ class ModelState::Chunk final : public model::ParameterSource, public model::Wei
     return flat(state_.parts_[piece.part].space.values()).acquire(piece.local);
   }
 
-  /// The layer's sharded parameters come, and those of the layer after it; others go.
+  /// The layer's sharded parameters come, and those of the layer after it; others go. Backward does
+  /// not read the embedding, and what follows a head that is the embedding is no layer.
   void enter(std::int64_t layer) {
     if (here_ != layers_.end() && here_->first == layer) return;
     const auto next = layers_.find(layer);
     if (next == layers_.end()) return;
-    const auto beside = [&](Layers::iterator at) {
+    const auto after = [&](Layers::iterator at) {
+      if (at == layers_.end()) return at;
       if (forward_) return std::next(at);
       return at == layers_.begin() ? layers_.end() : std::prev(at);
     };
+    const bool in_turn = here_ == layers_.end() || after(here_) == next;
     if (here_ != layers_.end()) drop_layer(here_->second);
     here_ = next;
     fetch_layer(here_->second);
-    const auto after = beside(here_);
-    if (after != layers_.end()) fetch_layer(after->second);
+    const auto coming = after(here_);
+    if (in_turn && coming != layers_.end() && (forward_ || coming->first >= 0)) {
+      fetch_layer(coming->second);
+    }
   }
   void fetch_layer(const std::vector<std::size_t>& parts) {
     for (const std::size_t part : parts) state_.parts_[part].space.fetch();
@@ -218,7 +227,8 @@ class ModelState::Chunk final : public model::ParameterSource, public model::Wei
   ModelState& state_;
   model::ParameterTable table_;
   std::map<std::string, Home> homes_;
-  Layers layers_;  ///< parts by layer, ascending
+  Layers parts_;   ///< by layer, ascending
+  Layers layers_;  ///< those whose values are sharded
   std::map<std::pair<std::int64_t, std::int64_t>, std::vector<Piece>> located_;
   bool forward_ = true;
   bool last_ = false;

@@ -3,14 +3,17 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "layout_sweep.h"
 #include "meshloom/comm/backends.h"
-#include "meshloom/core/error.h"
+#include "meshloom/plan/program.h"
+#include "rank_run.h"
 
 namespace meshloom::parallel::sweep {
 namespace {
@@ -154,6 +157,104 @@ TEST(FiveDimensions, EveryCellOfTheMatrixEqualsOneRank) {
   }
   RecordProperty("cells", cells);
   EXPECT_GT(cells, 300);
+}
+
+std::int64_t sent(const comm::Communicator& group, const char* purpose) {
+  const auto traffic = group.traffic();
+  const auto found = traffic.find(purpose);
+  return found == traffic.end() ? 0 : found->second.sent_bytes;
+}
+
+/// docs/layouts.md, Bytes: what one rank sends in a step, by kind, in fp64.
+void expect_closed_forms(const Cell& cell) {
+  SCOPED_TRACE(name_of(cell));
+  constexpr std::int64_t kBytes = 8;
+  const auto config = model::ModelConfig::from_json(cell.config);
+  const auto texts = documents(cell.layout.hdp, config.vocab_size);
+  const auto plan = plan_of(cell, texts);
+  const auto placement =
+      place_model(config, cell.layout, cell.schedule, cell.split, parse_zero(cell.zero));
+  const plan::CompileOptions compile{.layers = static_cast<int>(config.layers),
+                                     .schedule = cell.schedule,
+                                     .split = placement.split};
+  std::mutex mutex;
+  comm::run_thread_ranks(cell.layout.world_size(), [&](comm::Communicator world) {
+    RankRun rank(world, placement, at::kDouble);
+    (void)rank.executor.run(plan, plan::compile_rank(plan, compile, world.rank()), loader_of(texts),
+                            rank.state, nullptr, [] {});
+    const std::lock_guard lock(mutex);
+    const Coordinates at = rank.groups.at();
+    const int tp = cell.layout.tp;
+    std::int64_t gradients = 0;
+    std::int64_t parameters = 0;
+    const auto slots = std::ssize(plan.slots);  // sharded states run in lockstep
+    for (const auto& part : rank.state.parts()) {
+      const auto replicas = std::ssize(part.place.ranks);
+      const std::int64_t all = part.space.table().elements;
+      const std::int64_t own = part.space.own_range().size();
+      const Zero zero = part.space.zero();
+      gradients += (all - own) * kBytes * (zero == Zero::kOptimizer ? 1 : slots);
+      // An embedding is read in forward, and once more where it is the head, too.
+      const bool read_once = part.place.last_layer < 0 && cell.layout.pp > 1;
+      const auto reads = zero == Zero::kParameters ? (read_once ? slots : 2 * slots) : 1;
+      parameters += own * (replicas - 1) * kBytes * reads;
+    }
+    std::int64_t tensor = 0;
+    std::int64_t pipeline = 0;
+    const ChunkPlace chunk = placement.chunks(at.pp).front();
+    const std::int64_t layers = chunk.layers.second - chunk.layers.first;  // dense ones
+    for (const auto& slot : plan.slots) {
+      for (const auto& unit : slot.units) {
+        const auto member = std::find(unit.ranks.begin(), unit.ranks.end(), at.hdp);
+        if (member == unit.ranks.end()) continue;
+        const int index = static_cast<int>(member - unit.ranks.begin());
+        const std::int64_t tokens = member_tokens(plan, unit, index);
+        const auto [begin, end] = model::shard_range(tokens, {.rank = at.tp, .ranks = tp});
+        const std::int64_t row = config.hidden_size * kBytes;
+        const std::int64_t gather = (end - begin) * (tp - 1) * row;
+        const std::int64_t scatter = (tokens - (end - begin)) * row;
+        if (tp > 1) {
+          tensor += layers * (6 * gather + 4 * scatter);
+          if (chunk.with_embedding) tensor += gather + scatter;
+          if (chunk.with_head) {
+            const auto batch = build_batch(plan, unit, index, loader_of(texts), at::kCPU);
+            const auto targets = batch.labels.ne(model::kIgnoreLabel).sum().item<std::int64_t>();
+            tensor += gather + scatter + 2 * targets * kBytes * (tp - 1);
+          }
+        }
+        if (!chunk.with_embedding) pipeline += (end - begin) * row;
+        if (!chunk.with_head) pipeline += (end - begin) * row;
+      }
+    }
+    std::int64_t gradients_sent = 0;
+    std::int64_t parameters_sent = 0;
+    for (const auto set :
+         {ReplicaSet::kDense, ReplicaSet::kReplicated, ReplicaSet::kKeyValue, ReplicaSet::kTied}) {
+      if (std::none_of(rank.state.parts().begin(), rank.state.parts().end(),
+                       [&](const auto& part) { return part.place.set == set; })) {
+        continue;
+      }
+      gradients_sent += sent(rank.groups.replicas(set), "gradients");
+      parameters_sent += sent(rank.groups.replicas(set), "parameters");
+    }
+    EXPECT_EQ(gradients_sent, gradients);
+    EXPECT_EQ(parameters_sent, parameters);
+    if (tp > 1) {
+      EXPECT_EQ(sent(rank.groups.tensor(), "tensor"), tensor);
+    }
+    if (cell.layout.pp > 1) {
+      EXPECT_EQ(sent(rank.groups.pipeline(), "pipeline"), pipeline);
+    }
+  });
+}
+
+TEST(FiveDimensions, BytesAreTheClosedForms) {
+  for (const int zero : {1, 2, 3}) {
+    expect_closed_forms({.layout = {.hdp = 3}, .zero = zero, .config = kDeepDense});
+    expect_closed_forms(
+        {.layout = {.tp = 2, .hdp = 2, .pp = 2}, .zero = zero, .config = kDeepDense});
+  }
+  expect_closed_forms({.layout = {.tp = 4}, .config = kDeepDense});
 }
 
 }  // namespace
