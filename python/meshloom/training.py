@@ -16,6 +16,7 @@ else:
 AdamWOptions = _core.AdamWOptions
 CheckpointSection = _core.CheckpointSection
 ParallelSection = _core.ParallelSection
+export_checkpoint = _core.export_checkpoint
 Communicator = _core.Communicator
 DataSection = _core.DataSection
 GradientsOptions = _core.GradientsOptions

@@ -237,8 +237,19 @@ NamedTensors views_like_checkpoint(const std::string& folder, const ModelConfig&
 void save_pretrained(const std::string& folder, const ModelConfig& config,
                      const ParameterTable& table, const at::Tensor& values,
                      const SaveOptions& options) {
-  namespace fs = std::filesystem;
   MESHLOOM_CHECK_EQ(values.numel(), table.elements, kSaveWhere, "elements of values");
+  save_pretrained(
+      folder, config, table,
+      [&](const ParameterSpec& spec) {
+        return flat_part(values, {spec.offset, spec.shape});
+      },
+      options);
+}
+
+void save_pretrained(const std::string& folder, const ModelConfig& config,
+                     const ParameterTable& table, const TensorSource& values,
+                     const SaveOptions& options) {
+  namespace fs = std::filesystem;
   MESHLOOM_CHECK_GT(options.max_shard_bytes, 0, kSaveWhere, "max_shard_bytes");
   ModelConfig stored = config;
   stored.dtype = dtype_name(options.dtype);
@@ -270,8 +281,7 @@ void save_pretrained(const std::string& folder, const ModelConfig& config,
         std::make_unique<SafetensorsWriter>((root / file).string(), std::move(entries),
                                             std::map<std::string, std::string>{{"format", "pt"}});
     for (std::size_t i = shards[shard].first; i < shards[shard].second; ++i) {
-      const ParameterSpec& spec = table.parameters[i];
-      writer->write(flat_part(values, {spec.offset, spec.shape}));
+      writer->write(values(table.parameters[i]));
     }
     writer->finish();
     writers.push_back(std::move(writer));

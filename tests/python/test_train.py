@@ -304,3 +304,25 @@ def test_quickstart_config_trains(build_dir: Path, tmp_path: Path) -> None:
     assert "14.8 M parameters" in result.stdout
     (loss,) = losses(tmp_path / "run")
     assert 8.0 < loss < 10.0  # ln 8192 is 9.0: a fresh model knows nothing
+
+
+def test_checkpoints_of_any_layout_become_folders_for_transformers(
+    build_dir: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    write_corpus(tmp_path / "corpus.jsonl")
+    config = write_config(
+        tmp_path / "c.yaml", layout={"tp": 2, "pp": 2}, parallel={"pipeline": "zb_h1"}, steps=2
+    )
+    meshloom(build_dir, "train", config, "--ranks", 4, "--backend", "thread")
+    out = tmp_path / "converted"
+    meshloom(build_dir, "convert", tmp_path / "run", out, "--dtype", "float64")
+    converted = load_file(out / "model.safetensors")
+    expected = load_file(tmp_path / "run/checkpoint/model.safetensors")
+    assert set(converted) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(converted[name], tensor), name
+    wrong = meshloom(build_dir, "convert", tmp_path / "nothing", out, good=False)
+    assert "no checkpoint" in wrong.stderr

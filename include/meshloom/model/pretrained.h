@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "meshloom/core/export.h"
@@ -52,6 +53,14 @@ struct SaveOptions {
 ///   matters.
 MESHLOOM_API void save_pretrained(const std::string& folder, const ModelConfig& config,
                                   const ParameterTable& table, const at::Tensor& values,
+                                  const SaveOptions& options = {});
+
+/// Gives the tensor of a parameter, in its shape.
+using TensorSource = std::function<at::Tensor(const ParameterSpec& spec)>;
+
+/// The same, one tensor in memory at a time.
+MESHLOOM_API void save_pretrained(const std::string& folder, const ModelConfig& config,
+                                  const ParameterTable& table, const TensorSource& values,
                                   const SaveOptions& options = {});
 
 }  // namespace meshloom::model

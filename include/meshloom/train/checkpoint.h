@@ -90,4 +90,12 @@ class MESHLOOM_API CheckpointReader {
   std::unique_ptr<Impl> impl_;
 };
 
+/// Writes the model of a checkpoint, written under any layout, as a folder that transformers opens:
+/// the masters in `dtype`, one tensor in memory at a time. Not collective.
+/// @param dtype   float32, bfloat16 or float64
+/// @param folder  made if it is not there; see model::save_pretrained for what a failure leaves
+/// @throws IoError, DataError  the checkpoint cannot be read or is damaged; names the file.
+MESHLOOM_API void export_checkpoint(const std::string& checkpoint, const std::string& folder,
+                                    const std::string& dtype = "float32");
+
 }  // namespace meshloom::train

@@ -15,6 +15,7 @@
 #include "bindings/core/bindings.h"
 #include "bindings/core/support.h"
 #include "meshloom/train/config.h"
+#include "meshloom/train/checkpoint.h"
 #include "meshloom/train/gradients.h"
 #include "meshloom/train/open_data.h"
 #include "meshloom/train/schedule.h"
@@ -270,6 +271,10 @@ void bind_gradients(py::module_& module) {
 }  // namespace
 
 void bind_train(py::module_& module) {
+  module.def(
+      "export_checkpoint", &train::export_checkpoint, py::arg("checkpoint"), py::arg("folder"),
+      py::arg("dtype") = "float32", Unlocked(),
+      "Writes the model of a checkpoint, of any layout, as a folder that transformers opens.");
   bind_sections(module);
   bind_config(module);
   bind_metrics(module);
