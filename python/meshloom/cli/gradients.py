@@ -39,7 +39,8 @@ def gradients(
         int,
         typer.Option(
             "--capacity-tokens", "--capacity",
-            help="Most tokens that a rank may hold of one unit; 0: what the longest document needs.",
+            help="Most tokens that a rank may hold of one unit; 0: an equal share of the step, more"
+            " where the longest document needs it.",
         ),
     ] = 0,
     plan: Annotated[
