@@ -1,7 +1,6 @@
 #include "conformance/second_device.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/native/CPUFallback.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/view_native.h>
@@ -77,20 +76,12 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool /*non_bl
   return to;
 }
 
-void on_host(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
-  at::native::cpu_fallback(operation, stack);
-}
-
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, module) {
   module.impl("empty.memory_format", empty_second);
   module.impl("empty_strided", empty_strided_second);
   module.impl("_copy_from", copy_from);
   module.impl("as_strided", at::native::as_strided_tensorimpl);
   module.impl("view", at::native::view);
-}
-
-TORCH_LIBRARY_IMPL(_, PrivateUse1, module) {
-  module.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
 
 }  // namespace
