@@ -101,6 +101,8 @@ class ErrorFilter:
 
     def _close(self, block: list[str]) -> list[str]:
         text = " ".join(" ".join(block).split())
+        if text.startswith("Primary job terminated normally"):
+            return []  # the block after it says which rank, and how it ended
         if "exited on signal" not in text:
             return [] if self._seen or not text else block
         return [f"error: {text}"]
