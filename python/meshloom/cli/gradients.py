@@ -96,10 +96,10 @@ def gradients(
         capacity_tokens=capacity_tokens, plan=given, aux_loss=aux_loss,
         parallel=training.ParallelSection(zero=zero, pipeline=pipeline, recompute=recompute),
     )
-    planner = planning.instance(strategy) if given is None else None
+    planner = [planning.instance(strategy)] if given is None else []
 
     def body(world: Communicator) -> None:
-        result = training.gradients(options, documents, world, planner)
+        result = training.gradients(options, documents, world, *planner)
         if world.rank == 0:
             _report(result, documents, dump, as_json)
 
