@@ -576,6 +576,7 @@ class ParallelSection:
     How the model is spread over the layout's ranks.
     """
     pipeline: str
+    recompute: str
     def __init__(self, **kwargs) -> None:
         ...
     @property
