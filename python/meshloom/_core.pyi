@@ -576,6 +576,7 @@ class ParallelSection:
     How the model is spread over the layout's ranks.
     """
     pipeline: str
+    recompute: str
     def __init__(self, **kwargs) -> None:
         ...
     @property
@@ -909,9 +910,10 @@ def documents_of_iterable(values: collections.abc.Iterable, name: str = 'documen
     ...
 def documents_of_sequence(values: typing.Any, name: str = 'documents') -> Source:
     ...
-def gradients(options: GradientsOptions, documents: collections.abc.Sequence[Document], world: Communicator) -> GradientsResult:
+def gradients(options: GradientsOptions, documents: collections.abc.Sequence[Document], world: Communicator, strategy: meshloom._plan.BalanceStrategy = None) -> GradientsResult:
     """
     One step's loss and all gradients under a layout. Collective.
+    `strategy` makes the plan instead of the one that the options name.
     """
 def jsonl(paths: collections.abc.Sequence[str], tokenizer: Tokenizer = None, *, add_bos: bool = False, add_eos: bool = True, invalid_utf8: str = 'error') -> Source:
     ...

@@ -101,6 +101,8 @@ class ErrorFilter:
 
     def _close(self, block: list[str]) -> list[str]:
         text = " ".join(" ".join(block).split())
+        if text.startswith("Primary job terminated normally"):
+            return []  # the block after it says which rank, and how it ended
         if "exited on signal" not in text:
             return [] if self._seen or not text else block
         return [f"error: {text}"]
@@ -141,7 +143,9 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if number == signal.SIGUSR1 or not asked:
-            asked = asked or number != signal.SIGUSR1
+            if number != signal.SIGUSR1:
+                asked = True
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more ends the ranks now\n")
             process.send_signal(signal.SIGUSR1)
         else:
             process.send_signal(signal.SIGTERM)

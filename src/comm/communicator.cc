@@ -10,6 +10,7 @@
 
 #include "comm/internal/group.h"
 #include "comm/internal/reduce.h"
+#include "comm/internal/staging.h"
 #include "meshloom/core/error.h"
 
 namespace meshloom::comm {
@@ -44,7 +45,10 @@ void check_tensor(const GroupImpl& group, Operation operation, const char* what,
         group, operation,
         fmt::format("{} of sizes [{}] is not contiguous", what, fmt::join(tensor.sizes(), ", ")));
   }
-  if (tensor.device().type() != group.device().type()) {
+  // Over a host backend tensors of a device are staged.
+  const bool fits =
+      group.device().is_cpu() ? !tensor.is_meta() : tensor.device().type() == group.device().type();
+  if (!fits) {
     refuse(group, operation,
            fmt::format("{} is on {}, expected {} (backend {})", what, tensor.device().str(),
                        group.device().str(), group.backend()));
@@ -173,6 +177,8 @@ Work Communicator::start(const Request& request, const CallOptions& options) {
   const auto& info = impl_->info();
   Request numbered = request;
   detail::use_aliases(numbered);
+  std::optional<detail::Staging> staging;
+  if (impl_->device().is_cpu()) staging = detail::Staging::begin(numbered);
   numbered.sequence =
       request.operation == Operation::kSendReceive ? impl_->exchanges++ : impl_->collectives++;
   const TrafficEntry entry = traffic_of(request, info.rank, info.size);
@@ -196,8 +202,9 @@ Work Communicator::start(const Request& request, const CallOptions& options) {
   record.peers.erase(std::unique(record.peers.begin(), record.peers.end()), record.peers.end());
   const std::int64_t id = info.recorder->begin(std::move(record));
 
-  auto work = std::make_shared<detail::WorkImpl>(impl_, std::move(numbered), purpose,
-                                                 options.timeout.value_or(info.timeout), id);
+  auto work =
+      std::make_shared<detail::WorkImpl>(impl_, std::move(numbered), std::move(staging), purpose,
+                                         options.timeout.value_or(info.timeout), id);
   impl_->track(work);
   impl_->start(work);
   return Work(std::move(work));

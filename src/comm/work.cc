@@ -12,7 +12,8 @@
 namespace meshloom::comm {
 namespace detail {
 
-WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std::string purpose,
+WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request,
+                   std::optional<Staging> staging, std::string purpose,
                    std::chrono::milliseconds limit, std::int64_t record)
     : group_(group),
       recorder_(group->info().recorder),
@@ -22,6 +23,7 @@ WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std
       group_name_(group->info().name),
       doing_(recorder_->doing()),
       request_(std::move(request)),
+      staging_(std::move(staging)),
       purpose_(std::move(purpose)),
       start_(std::chrono::steady_clock::now()),
       limit_(limit) {}
@@ -90,6 +92,7 @@ void WorkImpl::wait(std::optional<std::chrono::milliseconds> limit) {
   }
   const std::lock_guard lock(mutex_);
   if (error_) std::rethrow_exception(error_);
+  if (staging_) staging_->finish();
 }
 
 void WorkImpl::wait_until(std::chrono::steady_clock::time_point until,
@@ -130,7 +133,7 @@ void WorkImpl::expire(std::chrono::milliseconds limit) {
 
 at::Tensor WorkImpl::output() const {
   if (!has_output()) throw InvalidArgument(where(), who() + ": the operation has no output");
-  return alias_of(request_.output);
+  return alias_of(staging_ ? staging_->output() : request_.output);
 }
 
 }  // namespace detail

@@ -159,7 +159,10 @@ class Reader {
     inner->read("path", model.path);
     if (const auto node = inner->find("config")) {
       if (node->IsMap()) {
-        model.preset = detail::yaml_to_json(*node);
+        inner->hand_over(*node, "config", [&](const std::string& json) {
+          static_cast<void>(model::ModelConfig::from_json(json));
+          model.preset = json;
+        });
       } else {
         inner->read("config", model.config);
       }

@@ -18,7 +18,6 @@
 #include "meshloom/parallel/groups.h"
 #include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/model_state.h"
-#include "meshloom/plan/strategy.h"
 #include "train/internal/collective.h"
 #include "train/internal/setup.h"
 
@@ -29,7 +28,8 @@ namespace {
 constexpr const char* kGradientsWhere = "train.gradients";
 
 plan::StepPlan plan_documents(const GradientsOptions& options, const Layout& layout,
-                              const std::vector<data::Document>& documents) {
+                              const std::vector<data::Document>& documents,
+                              const plan::BalanceStrategy* strategy) {
   plan::PlanProblem problem;
   problem.layout = layout;
   if (options.parallel.zero > 1) problem.lockstep = plan::Lockstep::kHdp;
@@ -47,7 +47,8 @@ plan::StepPlan plan_documents(const GradientsOptions& options, const Layout& lay
   problem.capacity_tokens = options.capacity_tokens > 0
                                 ? options.capacity_tokens
                                 : std::max<std::int64_t>({1, share(total), share(longest)});
-  return plan::make_plan(problem, options.strategy);
+  return strategy != nullptr ? plan::make_plan(problem, options.strategy, *strategy)
+                             : plan::make_plan(problem, options.strategy);
 }
 
 /// A plan from outside has to be about these documents, on these ranks.
@@ -102,7 +103,8 @@ void check_documents(const std::vector<data::Document>& documents, std::int64_t 
 }  // namespace
 
 GradientsResult gradients(const GradientsOptions& options,
-                          const std::vector<data::Document>& documents, comm::Communicator world) {
+                          const std::vector<data::Document>& documents, comm::Communicator world,
+                          std::shared_ptr<plan::BalanceStrategy> strategy) {
   const detail::Hosts hosts = detail::find_hosts(world);
   std::optional<detail::LocalFailure> failure;
   parallel::ModelPlacement placement;
@@ -146,7 +148,7 @@ GradientsResult gradients(const GradientsOptions& options,
     if (world.rank() == 0) {
       if (options.plan) check_given_plan(*options.plan, layout, documents);
       const plan::StepPlan plan =
-          options.plan ? *options.plan : plan_documents(options, layout, documents);
+          options.plan ? *options.plan : plan_documents(options, layout, documents, strategy.get());
       detail::verify_step(plan, compile);
       if (plan.total_loss_tokens() == 0) {
         throw InvalidArgument(kGradientsWhere, fmt::format("none of {} documents has a loss token",

@@ -22,27 +22,43 @@ namespace fs = std::filesystem;
 
 bool is_jsonl(const std::string& path) { return fs::path(path).extension() == ".jsonl"; }
 
+/// What is on disk for each of the config's paths; nothing for .jsonl files.
+using Listings = std::vector<std::optional<data::TextListing>>;
+
+data::TextFolderOptions text_options(const DataSection& section) {
+  data::TextFolderOptions options;
+  options.extensions = section.extensions;
+  options.invalid_utf8 =
+      section.invalid_utf8 == "skip" ? data::InvalidText::kSkip : data::InvalidText::kError;
+  return options;
+}
+
+Listings list_corpus(const DataSection& section) {
+  Listings listings;
+  for (const std::string& path : section.paths) {
+    auto& listing = listings.emplace_back();
+    if (!is_jsonl(path)) listing = data::list_text_files({path}, text_options(section));
+  }
+  return listings;
+}
+
 /// What of the corpus is text to train a tokenizer on, and a name that changes with it.
 struct Corpus {
   std::vector<std::string> files;
   std::string fingerprint;
 };
 
-Corpus corpus_of(const DataSection& section) {
-  std::vector<std::string> folders;
+Corpus corpus_of(const DataSection& section, const Listings& listings) {
   Corpus corpus;
-  for (const std::string& path : section.paths) {
-    (is_jsonl(path) ? corpus.files : folders).push_back(path);
-  }
   std::string key;
-  for (const std::string& path : corpus.files) {
-    std::error_code ignored;
-    key += fmt::format("{}:{};", path, fs::file_size(path, ignored));
-  }
-  if (!folders.empty()) {
-    data::TextFolderOptions options;
-    options.extensions = section.extensions;
-    for (const auto& file : data::list_text_files(folders, options).files) {
+  for (std::size_t i = 0; i < listings.size(); ++i) {
+    if (!listings[i]) {
+      std::error_code ignored;
+      corpus.files.push_back(section.paths[i]);
+      key += fmt::format("{}:{};", section.paths[i], fs::file_size(section.paths[i], ignored));
+      continue;
+    }
+    for (const auto& file : listings[i]->files) {
       corpus.files.push_back(file.path);
       key += fmt::format("{}:{};", file.key, file.bytes);
     }
@@ -56,8 +72,9 @@ std::string cache_folder(const TrainConfig& config) {
 }
 
 /// Trains a tokenizer where the cache holds none for this corpus. @returns its file.
-std::string cached_tokenizer(const TrainConfig& config, std::int64_t vocab_size) {
-  const Corpus corpus = corpus_of(config.data);
+std::string cached_tokenizer(const TrainConfig& config, const Listings& listings,
+                             std::int64_t vocab_size) {
+  const Corpus corpus = corpus_of(config.data, listings);
   const fs::path folder = cache_folder(config);
   const fs::path file =
       folder / fmt::format("tokenizer-{}-{}.model", vocab_size, corpus.fingerprint);
@@ -95,11 +112,12 @@ std::string pretrained_tokenizer(const TrainConfig& config) {
 }
 
 /// What the config asks for, on rank 0.
-std::string choose_tokenizer(const TrainConfig& config, std::int64_t vocab_size) {
+std::string choose_tokenizer(const TrainConfig& config, const Listings& listings,
+                             std::int64_t vocab_size) {
   std::string file = config.data.tokenizer;
   if (file.empty() && !config.model.path.empty()) file = pretrained_tokenizer(config);
   if (file.empty() && config.model.path.empty()) {
-    file = cached_tokenizer(config, std::min(config.data.vocab_size, vocab_size));
+    file = cached_tokenizer(config, listings, std::min(config.data.vocab_size, vocab_size));
   }
   if (fs::path(file).extension() == ".json") {
     throw NotSupported("train.open_data",
@@ -110,33 +128,16 @@ std::string choose_tokenizer(const TrainConfig& config, std::int64_t vocab_size)
   return file;
 }
 
-/// The tokenizer file to open, the same on all ranks; empty: none is needed. Collective.
-std::string tokenizer_file(const TrainConfig& config, std::int64_t vocab_size,
-                           comm::Communicator& world) {
-  std::string file;
-  std::optional<detail::LocalFailure> failure;
-  if (world.rank() == 0) {
-    try {
-      file = choose_tokenizer(config, vocab_size);
-    } catch (const std::exception&) {
-      failure = detail::current_failure();
-    }
-  }
-  detail::agree(world, "train.open_data", failure);
-  return detail::broadcast_text(world, file, 0);
-}
-
-std::shared_ptr<data::Source> open_source(const DataSection& section, const std::string& path,
+std::shared_ptr<data::Source> open_source(const DataSection& section, std::size_t path,
+                                          Listings& listings,
                                           const std::shared_ptr<data::Tokenizer>& tokenizer) {
-  data::TextFolderOptions options;
-  options.extensions = section.extensions;
-  options.invalid_utf8 =
-      section.invalid_utf8 == "skip" ? data::InvalidText::kSkip : data::InvalidText::kError;
-  if (is_jsonl(path)) return data::jsonl({path}, tokenizer, options);
-  return data::text_folder({path}, tokenizer, options);
+  const data::TextFolderOptions options = text_options(section);
+  if (!listings[path]) return data::jsonl({section.paths[path]}, tokenizer, options);
+  return data::text_files(std::move(*listings[path]), tokenizer, options);
 }
 
-std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, std::int64_t vocab_size,
+std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, Listings listings,
+                                          std::int64_t vocab_size,
                                           const std::shared_ptr<data::Tokenizer>& tokenizer) {
   if (tokenizer && tokenizer->vocab_size() > vocab_size) {
     throw InvalidArgument(
@@ -147,8 +148,8 @@ std::shared_ptr<data::Loader> make_loader(const TrainConfig& config, std::int64_
   std::vector<std::shared_ptr<data::Source>> sources;
   const auto cache =
       std::make_shared<data::TokenCache>((fs::path(cache_folder(config)) / "tokens").string());
-  for (const std::string& path : config.data.paths) {
-    sources.push_back(data::cached(open_source(config.data, path, tokenizer), cache));
+  for (std::size_t i = 0; i < listings.size(); ++i) {
+    sources.push_back(data::cached(open_source(config.data, i, listings, tokenizer), cache));
   }
   std::vector<data::WeightedSource> weighted;
   if (config.data.weights.empty()) {  // by size: every document equally likely
@@ -178,12 +179,21 @@ std::shared_ptr<data::Loader> open_data(const TrainConfig& config, std::int64_t 
   if (config.data.paths.empty()) {
     throw InvalidArgument("train.open_data", "data.paths is empty, expected folders or files");
   }
-  const std::string file = tokenizer ? "" : tokenizer_file(config, vocab_size, world);
-  std::shared_ptr<data::Loader> loader;
+  Listings listings;
+  std::string file;
   std::optional<detail::LocalFailure> failure;
   try {
+    listings = list_corpus(config.data);
+    if (!tokenizer && world.rank() == 0) file = choose_tokenizer(config, listings, vocab_size);
+  } catch (const std::exception&) {
+    failure = detail::current_failure();
+  }
+  detail::agree(world, "train.open_data", failure);
+  file = detail::broadcast_text(world, file, 0);
+  std::shared_ptr<data::Loader> loader;
+  try {
     if (!file.empty()) tokenizer = data::load_sentencepiece(file);
-    loader = make_loader(config, vocab_size, tokenizer);
+    loader = make_loader(config, std::move(listings), vocab_size, tokenizer);
   } catch (const std::exception&) {
     failure = detail::current_failure();
   }

@@ -120,7 +120,6 @@ void Trainer::Impl::save_pretrained(const std::string& folder) {
 }
 
 void Trainer::Impl::prepare_folder() {
-  if (folder_ready_) return;
   std::string moved;
   on_rank_0(kTrainerWhere, [&] {
     std::error_code error;
@@ -129,13 +128,25 @@ void Trainer::Impl::prepare_folder() {
       throw IoError(kTrainerWhere,
                     fmt::format("cannot create {}: {}", config_.run, error.message()));
     }
-    if (resumed_from_.empty()) moved = detail::set_aside(config_.run);
+    lock_folder();
+    if (!folder_ready_ && resumed_from_.empty()) moved = detail::set_aside(config_.run);
   });
+  if (folder_ready_) return;
   moved = detail::broadcast_text(world_, moved, 0);
   if (!moved.empty()) {
     notices_.push_back(fmt::format("an earlier run's records were moved to {}", moved));
   }
   folder_ready_ = true;
+}
+
+void Trainer::Impl::lock_folder() {
+  if (lock_) return;
+  lock_ = std::make_unique<detail::RunLock>(config_.run);
+  if (lock_->unsupported().empty()) return;
+  notices_.push_back(
+      fmt::format("the file system of the run folder {} locks no files ({}): nothing "
+                  "keeps a second run out",
+                  config_.run, lock_->unsupported()));
 }
 
 void Trainer::Impl::write_records(const StepMetrics& metrics) {
@@ -190,6 +201,7 @@ void Trainer::Impl::end_run() {
   write_timeline();
   if (!stop_) save_pretrained(config_.run + "/checkpoint");
   records_.reset();
+  lock_.reset();
   running_ = false;
   stop_ = false;
   stop_generation_ = detail::stop_request_count();

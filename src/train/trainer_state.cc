@@ -178,7 +178,7 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   options.recompute = model::parse_recompute(config_.parallel.recompute);
   executor_ = std::make_unique<parallel::Executor>(stages_, placement_, *groups_, options);
 
-  if (!config_.cost) cost_fit_ = detail::CostFit(model_cost(model_));
+  if (!config_.cost) cost_fit_ = CostRefiner(model_cost(model_));
   fit_costs_ = !config_.cost && !config_.deterministic;
   if (world_.rank() != 0) return;
   if (!strategy) strategy = plan::make_strategy_registry()->create(config_.strategy);
@@ -212,16 +212,12 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
   info.texts = {{"config", config_.to_yaml()},
                 {"model", model_.to_json()},
                 {"loader", loader_state_},
-                {"balance", balance_ ? tensor_text(balance_->state()) : std::string()}};
-  const CostModel& cost = cost_fit_.model();
+                {"balance", balance_ ? tensor_text(balance_->state()) : std::string()},
+                {"cost", cost_fit_.to_json()}};
   info.numbers = {{"seed", static_cast<double>(config_.seed)},
                   {"updates", static_cast<double>(optimizers_.front().updates())},
                   {"tokens_seen", tokens_seen_},
-                  {"skipped_steps", static_cast<double>(skipped_steps_)},
-                  {"cost.quadratic", cost.quadratic},
-                  {"cost.linear", cost.linear},
-                  {"cost.fixed", cost.fixed},
-                  {"cost.exchange", cost.exchange}};
+                  {"skipped_steps", static_cast<double>(skipped_steps_)}};
   return info;
 }
 
@@ -253,12 +249,7 @@ void Trainer::Impl::restore(const CheckpointInfo& info) {
   }
   tokens_seen_ = number("tokens_seen");
   skipped_steps_ = static_cast<std::int64_t>(number("skipped_steps"));
-  if (!config_.cost) {
-    cost_fit_ = detail::CostFit({.quadratic = number("cost.quadratic"),
-                                 .linear = number("cost.linear"),
-                                 .fixed = number("cost.fixed"),
-                                 .exchange = number("cost.exchange")});
-  }
+  if (!config_.cost) cost_fit_ = CostRefiner::from_json(text("cost"));
   if (balance_ && !text("balance").empty()) {
     balance_->load_state(parse_tensor(text("balance"), device_));
   }
@@ -290,9 +281,10 @@ void Trainer::Impl::resume() {
   if (config_.checkpoint.resume == "no") return;
   // Rank 0 lists, so that all ranks try the same folders.
   std::string listing;
-  if (world_.rank() == 0) {
+  on_rank_0(kStateWhere, [&] {
     listing = fmt::format("{}", fmt::join(list_checkpoints(checkpoints()), "\n"));
-  }
+    if (!listing.empty()) lock_folder();  // nobody may remove them, or add newer ones
+  });
   listing = detail::broadcast_text(world_, listing, 0);
   Failure failure;
   std::size_t at = 0;

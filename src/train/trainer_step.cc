@@ -249,21 +249,21 @@ void Trainer::Impl::fit_cost(const std::vector<double>& busy, const std::vector<
   std::size_t index = 0;
   for (const plan::Slot& slot : last_plan_.slots) {
     for (const plan::Unit& unit : slot.units) {
-      detail::UnitObservation seen;
+      UnitTiming seen;
       seen.degree = static_cast<int>(unit.ranks.size());
       for (const std::int64_t id : unit.samples) {
         const auto length = static_cast<double>(tokens.at(id));
         seen.square_sum += length * length;
         seen.token_sum += length;
       }
-      // The model's costs are those of one stage of one tensor-parallel rank.
-      seen.busy_seconds = busy[index] / (seen.degree * config_.layout.tp * config_.layout.pp);
-      seen.wait_seconds = std::max(0.0, wait[index]);
-      cost_fit_.add(seen);
+      // The model's costs are those of one stage of one tensor-parallel rank. What the member that
+      // waited least waited for is transfer that nothing hid.
+      const int ranks = seen.degree * config_.layout.tp * config_.layout.pp;
+      seen.seconds = busy[index] / ranks + std::max(0.0, wait[index]);
+      if (busy[index] > 0.0 && seen.token_sum > 0.0) cost_fit_.add(seen);
       ++index;
     }
   }
-  cost_fit_.refit();
 }
 
 void Trainer::Impl::load_metrics(const at::Tensor& counts, StepMetrics& metrics) const {

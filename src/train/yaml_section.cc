@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -39,6 +40,7 @@ const char* kind_of(const YAML::Node& node) {
   return "a scalar";
 }
 
+/// YAML as JSON; unquoted scalars become null, booleans and numbers where they read as such.
 nlohmann::ordered_json to_json_value(const YAML::Node& node) {
   if (node.IsMap()) {
     auto result = nlohmann::ordered_json::object();
@@ -54,13 +56,29 @@ nlohmann::ordered_json to_json_value(const YAML::Node& node) {
   if (!quoted(node)) {
     std::int64_t integer = 0;
     double real = 0;
-    const std::string& text = node.Scalar();
+    std::string text = node.Scalar();
     if (text == "true" || text == "True") return true;
     if (text == "false" || text == "False") return false;
-    if (YAML::convert<std::int64_t>::decode(node, integer)) return integer;
+    if (text.find_first_not_of("0123456789_") == std::string::npos) std::erase(text, '_');
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), integer);
+    if (error == std::errc() && end == text.data() + text.size()) return integer;
     if (YAML::convert<double>::decode(node, real)) return real;
   }
   return node.Scalar();
+}
+
+bool part_of_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; }
+
+/// Where `text` has `name` as a word of its own.
+std::size_t find_word(std::string_view text, std::string_view name) {
+  std::size_t at = text.find(name);
+  while (at != std::string_view::npos) {
+    const std::size_t end = at + name.size();
+    const bool begins = at == 0 || !part_of_name(text[at - 1]);
+    if (begins && (end == text.size() || !part_of_name(text[end]))) break;
+    at = text.find(name, at + 1);
+  }
+  return at;
 }
 
 }  // namespace
@@ -79,8 +97,6 @@ std::string nearest_name(std::string_view name, const std::vector<std::string>& 
   }
   return best;
 }
-
-std::string yaml_to_json(const YAML::Node& node) { return to_json_value(node).dump(); }
 
 YamlSection::YamlSection(const YAML::Node& node, std::string prefix, std::string file,
                          std::map<std::string, int>& lines)
@@ -239,6 +255,40 @@ std::vector<YamlSection> YamlSection::list(const char* key) {
     result.emplace_back((*node)[i], fmt::format("{}[{}]", dotted(key), i), file_, *lines_);
   }
   return result;
+}
+
+void YamlSection::hand_over(const YAML::Node& mapping, const std::string& key,
+                            const std::function<void(const std::string& json)>& read) const {
+  std::map<std::string, YAML::Node> keys;  // dotted, inside the mapping
+  const std::function<void(const YAML::Node&, const std::string&)> note =
+      [&](const YAML::Node& node, const std::string& prefix) {
+        for (const auto& entry : node) {
+          const std::string name = prefix + entry.first.Scalar();
+          if (!keys.emplace(name, entry.first).second) {
+            fail(entry.first, key + "." + name, "the key is given twice");
+          }
+          if (entry.second.IsMap()) note(entry.second, name + ".");
+        }
+      };
+  note(mapping, "");
+  try {
+    read(to_json_value(mapping).dump());
+  } catch (const Error& error) {
+    const std::string message = std::string(error.what()).substr(error.where().size() + 3);
+    std::size_t first = std::string::npos;
+    std::string named;
+    for (const auto& [name, node] : keys) {
+      const std::size_t at = find_word(message, name);
+      if (at < first || (at == first && at != std::string::npos && name.size() > named.size())) {
+        first = at;
+        named = name;
+      }
+    }
+    const YAML::Node& place = named.empty() ? mapping : keys.at(named);
+    throw_error(error.code(), "train.config",
+                fmt::format("{}:{}: {}{}: {}", file_, place.Mark().line + 1, dotted(key),
+                            named.empty() ? "" : "." + named, message));
+  }
 }
 
 void YamlSection::finish() const {

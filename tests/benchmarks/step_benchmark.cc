@@ -83,6 +83,9 @@ void run(const std::string& model, const std::string& documents_path, int thread
   config.steps = 1'000'000;
   config.threads = threads;
   config.global_batch_tokens = total;
+  // A micro-batch is as large as the longest document; transformers' side has one document at a
+  // time, or a group padded to its longest.
+  config.capacity_tokens = longest;
   config.data.max_document_tokens = longest;
   // What transformers' side does: no balance loss, no clipping, a constant rate.
   config.aux_loss_coefficient = 0.0;

@@ -50,7 +50,8 @@ def test_unknown_key(build_dir: Path, config: Path) -> None:
 
 def test_unknown_family(build_dir: Path, config: Path) -> None:
     write_config(config, model={"config": running.MODEL | {"model_type": "gpt_oss"}})
-    assert "gpt_oss" in error_of(build_dir, "train", config)
+    line = error_of(build_dir, "train", config)
+    assert "gpt_oss" in line and f"{config}:" in line and "model.config.model_type" in line
 
 
 def test_unknown_strategy(build_dir: Path, config: Path) -> None:
@@ -161,6 +162,9 @@ def test_killed_rank(build_dir: Path, tmp_path: Path) -> None:
     while time.monotonic() < deadline and not list(checkpoints.glob("step-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
+    # Meanwhile nobody else gets into the folder, whatever the launcher.
+    line = error_of(build_dir, "train", config)
+    assert f"{tmp_path / 'run'} is in use by process" in line and "--run" in line
     victim = next(
         int(entry.parent.name)
         for entry in Path("/proc").glob("[0-9]*/environ")

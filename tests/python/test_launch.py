@@ -52,6 +52,10 @@ mpirun: Forwarding signal 10 to job
 
 def test_a_dead_rank_is_named(build_dir: Path) -> None:
     text = f"""{DASHES}
+Primary job  terminated normally, but 1 process returned
+a non-zero exit code. Per user-direction, the job has been aborted.
+{DASHES}
+{DASHES}
 mpirun noticed that process rank 1 with PID 0 on node host exited on signal 9 (Killed).
 {DASHES}
 """

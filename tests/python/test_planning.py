@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,17 @@ def test_order_of_every_rank_is_one_order(ml: Any) -> None:
     for rank in range(5):
         slots = [unit.slot for unit in plan.for_rank(rank).units]
         assert slots == sorted(set(slots))
+
+
+def test_planning_commands_start_in_half_a_second(cli: Callable[..., str], lengths_file: Path) -> None:
+    """Processor time, the least of three: the wall clock of a busy machine says nothing."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cli("plan", "--lengths", lengths_file, "--hdp", 8, "--capacity", 16384)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 0.5, taken
 
 
 def test_planning_never_imports_torch(build_dir: Path) -> None:

@@ -137,6 +137,7 @@ def test_stopped_by_a_signal_it_saves_and_continues(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=running.LIMIT)
     assert process.returncode == 0, output
+    assert "stopping after this step" in output
     assert "the same command continues" in output
     done = len(losses(tmp_path / "run"))
     assert 3 < done < 300

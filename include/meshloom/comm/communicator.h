@@ -47,7 +47,9 @@ struct Transfer {
 /// ranks in the same order; one thread of a rank at a time calls a group. Calls start the operation
 /// and return; nothing blocks the host but `Work::wait`, `split` and `barrier().wait()`. A world of
 /// one works with no special case. Tensors: contiguous, on this group's device type; fp64, fp32,
-/// bf16, fp16, int64, int32, uint8. Zero sizes are allowed everywhere.
+/// bf16, fp16, int64, int32, uint8. Zero sizes are allowed everywhere. Over a backend that moves
+/// host memory a device's tensors are staged: starting a call waits until the device has written
+/// what is read, and what was received is on the device once `Work::wait` has returned.
 ///
 /// Errors: arguments that this rank can check alone throw InvalidArgument before anything is sent
 /// and leave the group usable. CommError and Timeout come from Work, also for calls on a group that

@@ -264,8 +264,9 @@ void bind_gradients(py::module_& module) {
       .def("save", &train::save_gradients, py::arg("path"), Unlocked(),
            "A safetensors file under the model folder's names, and a scalar `loss`.");
   module.def("gradients", &train::gradients, py::arg("options"), py::arg("documents"),
-             py::arg("world"), Unlocked(),
-             "One step's loss and all gradients under a layout. Collective.");
+             py::arg("world"), py::arg("strategy") = nullptr, Unlocked(),
+             "One step's loss and all gradients under a layout. Collective.\n"
+             "`strategy` makes the plan instead of the one that the options name.");
 }
 
 }  // namespace

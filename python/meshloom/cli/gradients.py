@@ -39,7 +39,8 @@ def gradients(
         int,
         typer.Option(
             "--capacity-tokens", "--capacity",
-            help="Most tokens that a rank may hold of one unit; 0: what the longest document needs.",
+            help="Most tokens that a rank may hold of one unit; 0: an equal share of the step, more"
+            " where the longest document needs it.",
         ),
     ] = 0,
     plan: Annotated[
@@ -82,7 +83,7 @@ def gradients(
 
       meshloom gradients --model Qwen3-0.6B --sequences docs.jsonl --layout tp=2,pp=2,hdp=2 --pipeline zb_h1
     """
-    from meshloom import training
+    from meshloom import planning, training
 
     documents = read_documents(sequences)
     given = _given_plan(plan)
@@ -95,11 +96,10 @@ def gradients(
         capacity_tokens=capacity_tokens, plan=given, aux_loss=aux_loss,
         parallel=training.ParallelSection(zero=zero, pipeline=pipeline, recompute=recompute),
     )
-    if ":" in strategy and given is None:
-        options.plan = _own_plan(documents, mesh, strategy, capacity_tokens)
+    planner = [planning.instance(strategy)] if given is None else []
 
     def body(world: Communicator) -> None:
-        result = training.gradients(options, documents, world)
+        result = training.gradients(options, documents, world, *planner)
         if world.rank == 0:
             _report(result, documents, dump, as_json)
 
@@ -126,23 +126,6 @@ def _given_plan(path: str | None) -> StepPlan | None:
     from meshloom._plan import StepPlan
 
     return StepPlan.load(path)
-
-
-def _own_plan(
-    documents: list[Document], mesh: Layout, strategy: str, capacity_tokens: int
-) -> StepPlan:
-    from meshloom import planning
-    from meshloom._plan import SampleInfo
-
-    lengths = [len(document) for document in documents]
-    capacity = capacity_tokens or -(-sum(lengths) // mesh.hdp)
-    samples = [
-        SampleInfo(id=index, tokens=len(document), loss_tokens=document.loss_tokens)
-        for index, document in enumerate(documents)
-    ]
-    return planning.plan(
-        samples, layout=mesh, capacity_tokens=capacity, strategy=planning.find_strategy(strategy)
-    )
 
 
 def _report(

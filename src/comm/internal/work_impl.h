@@ -11,6 +11,7 @@
 #include <string>
 
 #include "comm/internal/request.h"
+#include "comm/internal/staging.h"
 #include "meshloom/comm/flight_recorder.h"
 #include "meshloom/core/export.h"
 
@@ -19,11 +20,12 @@ namespace meshloom::comm::detail {
 class GroupImpl;
 
 /// State of one started call. The backend ends it exactly once, by `complete` or `fail`; whoever
-/// comes second is ignored.
+/// comes second is ignored. Tensors on a device, where the backend moves host memory, are staged:
+/// the backend sees host tensors in the request, the waiter gets device tensors.
 class MESHLOOM_API WorkImpl {
  public:
-  WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std::string purpose,
-           std::chrono::milliseconds limit, std::int64_t record);
+  WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request, std::optional<Staging> staging,
+           std::string purpose, std::chrono::milliseconds limit, std::int64_t record);
 
   [[nodiscard]] const Request& request() const { return request_; }
   [[nodiscard]] const std::string& purpose() const { return purpose_; }
@@ -60,6 +62,7 @@ class MESHLOOM_API WorkImpl {
   std::string group_name_;
   std::shared_ptr<const std::string> doing_;
   Request request_;
+  std::optional<Staging> staging_;
   std::string purpose_;
   std::chrono::steady_clock::time_point start_;
   std::chrono::milliseconds limit_;

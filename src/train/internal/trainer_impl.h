@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "meshloom/cost/fit.h"
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
@@ -21,7 +22,7 @@
 #include "meshloom/train/checkpoint.h"
 #include "meshloom/train/trainer.h"
 #include "train/internal/collective.h"
-#include "train/internal/cost_fit.h"
+#include "train/internal/run_lock.h"
 #include "train/internal/run_records.h"
 #include "train/internal/setup.h"
 #include "train/internal/step_planner.h"
@@ -85,6 +86,7 @@ class Trainer::Impl {
   [[nodiscard]] std::vector<CheckpointPart> shard_states() const;
   [[nodiscard]] std::string checkpoints() const { return config_.run + "/checkpoints"; }
   void prepare_folder();
+  void lock_folder();
 
   // A step.
   [[nodiscard]] detail::StepOrder next_order(StepMetrics& metrics);
@@ -123,8 +125,9 @@ class Trainer::Impl {
   std::unique_ptr<model::BalanceLoss> balance_;
   std::unique_ptr<parallel::Executor> executor_;
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0
+  std::unique_ptr<detail::RunLock> lock_;         ///< rank 0, once the run folder is in use
   std::unique_ptr<detail::RunRecords> records_;   ///< rank 0, while `run` runs
-  detail::CostFit cost_fit_;
+  CostRefiner cost_fit_;
   bool fit_costs_ = false;
   std::string loader_state_;  ///< after the membership of the last step taken
   double tokens_seen_ = 0.0;

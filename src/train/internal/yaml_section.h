@@ -3,6 +3,7 @@
 #include <yaml-cpp/yaml.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -36,6 +37,11 @@ class YamlSection {
   [[nodiscard]] std::optional<YamlSection> section(const char* key);
   [[nodiscard]] std::vector<YamlSection> list(const char* key);
 
+  /// Hands the mapping at `key` as JSON text to a reader of its own. An Error of that reader gets
+  /// the file, and the line and dotted key of the first of the mapping's keys that it names.
+  void hand_over(const YAML::Node& mapping, const std::string& key,
+                 const std::function<void(const std::string& json)>& read) const;
+
   [[noreturn]] void fail(const YAML::Node& at, const std::string& key,
                          const std::string& message) const;
   void finish() const;
@@ -54,9 +60,6 @@ class YamlSection {
   std::map<std::string, int>* lines_;
   std::vector<std::string> known_;
 };
-
-/// YAML to JSON text; unquoted scalars become null, booleans and numbers where they read as such.
-[[nodiscard]] std::string yaml_to_json(const YAML::Node& node);
 
 /// The candidate with the smallest edit distance; empty where none is near.
 [[nodiscard]] std::string nearest_name(std::string_view name,

@@ -43,11 +43,15 @@ timeout_seconds: 12.5
 model:
   config:
     model_type: llama
+    vocab_size: 1_024
     hidden_size: 64
+    intermediate_size: 96
+    num_hidden_layers: 2
+    num_attention_heads: 4
     rms_norm_eps: 1e-5
     tie_word_embeddings: true
     rope_scaling: null
-    name: "12"
+    _name_or_path: "12"
 data:
   paths: [a, "b c"]
   weights: [1, 2.5]
@@ -69,8 +73,10 @@ checkpoint: {every_steps: 4, every_minutes: 1.5, keep: 3, resume: false}
   EXPECT_EQ(config.global_batch_tokens, 1'000'000);
   ASSERT_TRUE(config.cost.has_value());
   EXPECT_EQ(config.cost->exchange, 0.25);
-  EXPECT_EQ(config.model.preset, R"({"model_type":"llama","hidden_size":64,"rms_norm_eps":1e-05,)"
-                                 R"("tie_word_embeddings":true,"rope_scaling":null,"name":"12"})");
+  EXPECT_EQ(config.model.preset,
+            R"({"model_type":"llama","vocab_size":1024,"hidden_size":64,"intermediate_size":96,)"
+            R"("num_hidden_layers":2,"num_attention_heads":4,"rms_norm_eps":1e-05,)"
+            R"("tie_word_embeddings":true,"rope_scaling":null,"_name_or_path":"12"})");
   EXPECT_EQ(config.data.weights[1], 2.5);
   EXPECT_EQ(config.rules.size(), 2U);
   EXPECT_EQ(config.rules[0].weight_decay, 0.0);
@@ -114,6 +120,39 @@ TEST(TrainConfig, WrongTypesAndRangesNameKeyAndLine) {
   EXPECT_NE(refusal(std::string(kSmall) + "rules: [{pattern: \"(\"}]\n").find("rules[0].pattern"),
             std::string::npos);
   EXPECT_NE(refusal(std::string(kSmall) + "run:\n").find("has no value"), std::string::npos);
+}
+
+TEST(TrainConfig, InlineModelNamesKeyAndLine) {
+  const std::string start = std::string(kSmall) +
+                            "model:\n"
+                            "  config:\n"
+                            "    model_type: llama\n"
+                            "    vocab_size: 64\n"
+                            "    hidden_size: 32\n"
+                            "    intermediate_size: 48\n"
+                            "    num_hidden_layers: 2\n"
+                            "    num_attention_heads: 4\n";
+  EXPECT_NO_THROW(static_cast<void>(TrainConfig::from_yaml(start, "c.yaml")));
+  EXPECT_EQ(refusal(start + "    head_dim: seven\n"),
+            "[train.config] c.yaml:10: model.config.head_dim: head_dim is \"seven\", expected a "
+            "positive integer up to 2147483647");
+  EXPECT_EQ(refusal(start + "    num_key_value_heads: 3\n"),
+            "[train.config] c.yaml:9: model.config.num_attention_heads: num_attention_heads is 4, "
+            "expected a multiple of num_key_value_heads 3");
+  EXPECT_EQ(refusal(start + "    vocab_size: 65\n"),
+            "[train.config] c.yaml:10: model.config.vocab_size: the key is given twice");
+  // Inside a mapping inside; and what is missing is said at the mapping.
+  EXPECT_EQ(refusal(start + "    rope_scaling:\n      rope_type: linear\n      factor: two\n"),
+            "[train.config] c.yaml:12: model.config.rope_scaling.factor: rope_scaling.factor is "
+            "\"two\", expected a number");
+  EXPECT_EQ(refusal(std::string(kSmall) + "model:\n  config: {model_type: llama}\n"),
+            "[train.config] c.yaml:3: model.config: vocab_size is missing");
+  EXPECT_EQ(
+      message_of<NotSupported>([&] {
+        static_cast<void>(TrainConfig::from_yaml(start + "    attention_sinks: 4\n", "c.yaml"));
+      }),
+      "[train.config] c.yaml:10: model.config.attention_sinks: key \"attention_sinks\" = 4 is "
+      "not built");
 }
 
 TEST(TrainConfig, TextThatIsNoYamlNamesTheLine) {

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 
@@ -211,6 +212,49 @@ TEST(Trainer, RunLeavesItsFolder) {
     EXPECT_NE(trainer.notices()[0].find("previous-1"), std::string::npos);
   });
   EXPECT_TRUE(std::filesystem::exists(folder.file("run/previous-1/metrics.jsonl")));
+}
+
+TEST(Trainer, MinutesBetweenCheckpointsAreTheFirstRanksClock) {
+  const TemporaryFolder folder;
+  TrainConfig config = tiny_config(folder.file("run"), 3);
+  config.checkpoint.keep = 0;
+  config.checkpoint.every_minutes = 1e-9;  // over after every step
+  with_trainer(2, config, tiny_dense(), [](Trainer& trainer, int /*rank*/) { trainer.run(); });
+  EXPECT_EQ(list_checkpoints(folder.file("run/checkpoints")).size(), 3U);
+  config.run = folder.file("other");
+  config.checkpoint.every_minutes = 1e9;
+  with_trainer(2, config, tiny_dense(), [](Trainer& trainer, int /*rank*/) { trainer.run(); });
+  EXPECT_EQ(list_checkpoints(folder.file("other/checkpoints")).size(), 1U);  // at the end
+}
+
+TEST(Trainer, SecondRunInAFolderIsRefusedWhileTheFirstGoesOn) {
+  const TemporaryFolder folder;
+  const TrainConfig config = tiny_config(folder.file("run"), 2);
+  TrainConfig anew = config;
+  anew.checkpoint.resume = "no";
+  comm::run_thread_ranks(1, [&](comm::Communicator world) {
+    const auto make = [&](const TrainConfig& chosen) {
+      return std::make_unique<Trainer>(chosen, tiny_dense(), tiny_loader(), world);
+    };
+    const auto refusal = [](const auto& call) { return message_of<InvalidArgument>(call); };
+    auto first = make(config);
+    static_cast<void>(first->step());
+    first->save_checkpoint();
+    // Whoever would continue meets the lock at once, whoever starts over when it writes.
+    const std::string text = refusal([&] { static_cast<void>(make(config)); });
+    EXPECT_NE(text.find(folder.file("run") + " is in use by"), std::string::npos) << text;
+    EXPECT_NE(text.find("--run"), std::string::npos);
+    auto second = make(anew);
+    static_cast<void>(second->step());
+    EXPECT_NE(refusal([&] { second->save_checkpoint(); }).find("is in use by"), std::string::npos);
+    EXPECT_EQ(list_checkpoints(folder.file("run/checkpoints")).size(), 1U);
+    // A run that has ended lets go.
+    first->run();
+    EXPECT_EQ(make(config)->next_step(), 2);
+    first.reset();
+    second->save_checkpoint();
+    EXPECT_EQ(list_checkpoints(folder.file("run/checkpoints")).size(), 1U);
+  });
 }
 
 TEST(Trainer, StopRequestSavesAndResumedRecordsFit) {

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <chrono>
+#include <iterator>
 #include <list>
 #include <mutex>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -43,10 +44,56 @@ class ProcessGroupMessage final : public TorchMessage {
   c10::intrusive_ptr<c10d::Work> work_;
 };
 
+// Worlds over one process group are numbered in the order of their making, which is the same on
+// all ranks. The count belongs to the process group, which has no room for it. A process group
+// whose count is kept is not freed before the count: `forget` has to follow its release, or Gloo's
+// threads would live until the statics of this process are destroyed, and die with them.
+class WorldNumbers {
+ public:
+  int next(const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+    forget();
+    const std::lock_guard lock(mutex_);
+    for (Entry& entry : entries_) {
+      if (entry.group.lock().get() == group.get()) return entry.worlds++ % TorchTransport::kWorlds;
+    }
+    entries_.push_back({c10::weak_intrusive_ptr<c10d::ProcessGroup>(group), 1});
+    return 0;
+  }
+
+  // Frees the process groups that nobody holds any more.
+  void forget() {
+    std::list<Entry> gone;  // freed outside the lock
+    const std::lock_guard lock(mutex_);
+    for (auto entry = entries_.begin(); entry != entries_.end();) {
+      const auto next = std::next(entry);
+      if (entry->group.expired()) gone.splice(gone.end(), entries_, entry);
+      entry = next;
+    }
+  }
+
+  // Never destroyed: at the process's end a process group may still be in use.
+  static WorldNumbers& of_process() {
+    static auto* const numbers = new WorldNumbers;
+    return *numbers;
+  }
+
+ private:
+  struct Entry {
+    c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
+    int worlds = 0;
+  };
+  std::mutex mutex_;
+  std::list<Entry> entries_;
+};
+
 class ProcessGroupPort final : public TorchPort {
  public:
   explicit ProcessGroupPort(c10::intrusive_ptr<c10d::ProcessGroup> group)
       : group_(std::move(group)) {}
+  ~ProcessGroupPort() override {
+    group_.reset();
+    WorldNumbers::of_process().forget();
+  }
 
   std::unique_ptr<TorchMessage> send(int peer, std::byte* data, std::int64_t bytes,
                                      int tag) override {
@@ -156,24 +203,6 @@ class TorchGroup final : public GroupImpl {
   std::shared_ptr<State> state_;
 };
 
-// Worlds over one process group are numbered in the order of their making, which is the same on
-// all ranks. The count belongs to the process group, which has no room for it.
-int next_world(const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
-  struct Entry {
-    c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
-    int worlds = 0;
-  };
-  static std::mutex mutex;
-  static std::list<Entry> entries;
-  const std::lock_guard lock(mutex);
-  entries.remove_if([](const Entry& entry) { return entry.group.expired(); });
-  for (Entry& entry : entries) {
-    if (entry.group.lock().get() == group.get()) return entry.worlds++ % TorchTransport::kWorlds;
-  }
-  entries.push_back({c10::weak_intrusive_ptr<c10d::ProcessGroup>(group), 1});
-  return 0;
-}
-
 }  // namespace
 }  // namespace detail
 
@@ -193,7 +222,8 @@ Communicator make_torch_world(const c10::intrusive_ptr<c10d::ProcessGroup>& grou
   }
   info.deterministic = true;
   auto transport = std::make_shared<detail::TorchTransport>(
-      std::make_unique<detail::ProcessGroupPort>(group), detail::next_world(group), info.rank);
+      std::make_unique<detail::ProcessGroupPort>(group),
+      detail::WorldNumbers::of_process().next(group), info.rank);
   std::vector<int> members;
   for (int r = 0; r < info.size; ++r) members.push_back(r);
   constexpr int kWorldGroup = 1;  // 0 is the control channel
