@@ -14,8 +14,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr const char* kFamilyNames[] = {"llama", "mistral", "qwen2",
-                                        "qwen3", "mixtral", "qwen3_moe"};
+constexpr const char* kFamilyNames[] = {"llama",   "mistral",   "qwen2",      "qwen3",
+                                        "mixtral", "qwen3_moe", "deepseek_v3"};
 
 /// The smallest config of a family: everything else takes the family's own default.
 Json minimal(const std::string& family) {
@@ -25,6 +25,14 @@ Json minimal(const std::string& family) {
   if (family == "mixtral") root.update({{"num_local_experts", 4}, {"num_experts_per_tok", 2}});
   if (family == "qwen3_moe") {
     root.update({{"num_experts", 4}, {"num_experts_per_tok", 2}, {"moe_intermediate_size", 24}});
+  }
+  if (family == "deepseek_v3") {
+    root.erase("num_key_value_heads");
+    root.update({{"n_routed_experts", 8},
+                 {"n_group", 4},
+                 {"topk_group", 2},
+                 {"num_experts_per_tok", 2},
+                 {"moe_intermediate_size", 24}});
   }
   return root;
 }
@@ -55,7 +63,7 @@ void expect_refused(const std::vector<Refusal>& cases) {
 }
 
 TEST(ModelConfigRefusals, OtherFamiliesAreRefusedByName) {
-  for (const char* other : {"gpt2", "deepseek_v3", "gemma3_text", "gpt_oss", "llama4_text",
+  for (const char* other : {"gpt2", "deepseek_v2", "gemma3_text", "gpt_oss", "llama4_text",
                             "qwen2_moe", "qwen3_next", "phi3", "Llama", "qwen3_vl"}) {
     const std::string message = message_of<NotSupported>([&] {
       (void)parse(with("llama", {{"model_type", other}}));
@@ -95,6 +103,21 @@ TEST(ModelConfigRefusals, FeaturesThatChangeTheMathematicsAreRefusedByName) {
       {"qwen3_moe", {{"routed_scaling_factor", 2.5}}, "routed_scaling_factor"},
       {"qwen3_moe", {{"scoring_func", "sigmoid"}}, "scoring_func"},
       {"mixtral", {{"router_jitter_noise", 0.01}}, "router_jitter_noise"},
+      {"deepseek_v3", {{"scoring_func", "softmax"}}, "scoring_func \"softmax\""},
+      {"deepseek_v3", {{"topk_method", "greedy"}}, "topk_method \"greedy\""},
+      {"deepseek_v3", {{"moe_layer_freq", 2}}, "moe_layer_freq"},
+      {"deepseek_v3", {{"sliding_window", 128}}, "sliding_window"},
+      {"deepseek_v3", {{"mlp_bias", true}}, "mlp_bias"},
+      {"deepseek_v3", {{"num_experts", 8}}, "num_experts"},
+      {"deepseek_v3", {{"decoder_sparse_step", 2}}, "decoder_sparse_step"},
+      {"deepseek_v3", {{"mlp_only_layers", {1}}}, "mlp_only_layers"},
+      {"deepseek_v3", {{"router_aux_loss_coef", 0.01}}, "router_aux_loss_coef"},
+      {"deepseek_v3", {{"index_topk", 2048}}, "index_topk"},
+      {"deepseek_v3", {{"quantization_config", {{"quant_method", "fp8"}}}}, "quantization_config"},
+      {"deepseek_v3",
+       {{"max_position_embeddings", 64},
+        {"rope_parameters", {{"rope_type", "linear"}, {"factor", 2.0}, {"mscale_all_dim", 1.0}}}},
+       "rope_parameters.mscale_all_dim with rope_type \"linear\""},
       {"llama", {{"num_experts", 8}}, "num_experts"},
       {"mistral", {{"num_local_experts", 8}}, "num_local_experts"},
       {"mistral", {{"attention_bias", true}}, "attention_bias"},
@@ -163,6 +186,19 @@ TEST(ModelConfigRefusals, MalformedFieldsNameTheKeyAndWhatWasExpected) {
       {"qwen3_moe", {{"num_experts_per_tok", nullptr}}, "num_experts_per_tok is missing"},
       {"qwen3_moe", {{"mlp_only_layers", "none"}}, "mlp_only_layers"},
       {"llama", {{"eos_token_id", {1, "two"}}}, "eos_token_id"},
+      {"deepseek_v3", {{"n_routed_experts", nullptr}}, "n_routed_experts is missing"},
+      {"deepseek_v3", {{"n_shared_experts", 0}}, "n_shared_experts is 0"},
+      {"deepseek_v3", {{"n_group", 3}}, "n_group is 3, expected a divisor of 8"},
+      {"deepseek_v3", {{"n_group", 8}, {"topk_group", 8}}, "groups of two or more"},
+      {"deepseek_v3", {{"topk_group", 5}}, "topk_group is 5, expected 1 .. n_group 4"},
+      {"deepseek_v3",
+       {{"topk_group", 1}, {"num_experts_per_tok", 3}},
+       "num_experts_per_tok is 3, expected at most the 2 experts"},
+      {"deepseek_v3", {{"first_k_dense_replace", -1}}, "first_k_dense_replace is -1"},
+      {"deepseek_v3", {{"num_key_value_heads", 2}}, "latent attention has a key for each head"},
+      {"deepseek_v3", {{"head_dim", 192}}, "head_dim is 192, the other sizes give 64"},
+      {"deepseek_v3", {{"qk_head_dim", 64}}, "qk_head_dim is 64, the other sizes give 192"},
+      {"deepseek_v3", {{"qk_rope_head_dim", 7}}, "qk_rope_head_dim is 7"},
   });
   EXPECT_THROW((void)ModelConfig::from_json("[]"), DataError);
   EXPECT_THROW((void)ModelConfig::from_json(""), DataError);
@@ -403,6 +439,9 @@ TEST(ModelConfig, WrittenConfigReadsBackTheSame) {
         {"layer_types", {"sliding_attention", "full_attention", "sliding_attention"}}}},
       {"mixtral", {{"router_aux_loss_coef", 0.02}, {"output_router_logits", true}}},
       {"qwen3_moe", {{"norm_topk_prob", true}, {"mlp_only_layers", {1}}, {"rms_norm_eps", 1e-5}}},
+      {"deepseek_v3", {{"q_lora_rank", nullptr}, {"rope_interleave", false}}},
+      {"deepseek_v3",
+       {{"first_k_dense_replace", 0}, {"aux_loss_alpha", 1e-4}, {"norm_topk_prob", false}}},
   };
   for (const auto& [family, more] : cases) {
     const ModelConfig config = parse(with(family, more));
@@ -415,6 +454,33 @@ TEST(ModelConfig, WrittenConfigReadsBackTheSame) {
     EXPECT_EQ(again.more_eos_token_ids, config.more_eos_token_ids);
     EXPECT_EQ(again.parameter_count(), config.parameter_count());
   }
+}
+
+/// As the Hub's DeepSeek-V3 has it, but for its fp8 weights and its sizes.
+TEST(ModelConfig, DeepseekV3OfTheHubIsUnderstood) {
+  const ModelConfig config = parse(with("deepseek_v3", Json::parse(R"({
+    "attention_bias": false, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1,
+    "first_k_dense_replace": 1, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "moe_layer_freq": 1, "n_shared_experts": 1, "norm_topk_prob": true,
+    "num_key_value_heads": 4, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+      "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": true,
+    "topk_method": "noaux_tc", "v_head_dim": 128})")));
+  EXPECT_EQ(config.head_dim, 192);
+  EXPECT_EQ(config.rope_dim(), 64);
+  EXPECT_EQ(config.value_dim(), 128);
+  EXPECT_EQ(config.latent.q_lora_rank, 1536);
+  EXPECT_TRUE(config.latent.interleaved_rope);
+  EXPECT_EQ(config.moe_layers, (std::vector<bool>{false, true, true}));
+  EXPECT_EQ(config.moe.score, RouterScore::kSigmoid);
+  EXPECT_TRUE(config.moe.correction_bias && config.moe.normalize_top_k);
+  EXPECT_EQ(config.moe.weight_scale, 2.5);
+  EXPECT_EQ(config.moe.groups, 4);
+  EXPECT_EQ(config.moe.aux_loss_coefficient, 0.001);
+  EXPECT_EQ(config.prediction_layers, 1);
+  EXPECT_EQ(ModelConfig::from_json(config.to_json()).prediction_layers, 0);
 }
 
 TEST(ModelConfig, WhatAFamilyCannotExpressIsNotWritten) {
@@ -444,6 +510,18 @@ TEST(ModelConfig, WhatAFamilyCannotExpressIsNotWritten) {
       "mixtral", [](auto& c) { c.moe_layers[1] = false; }, "dense layers");
   refused(
       "qwen3_moe", [](auto& c) { c.moe.score = RouterScore::kSigmoid; }, "sigmoid");
+  refused(
+      "qwen3_moe", [](auto& c) { c.moe.shared_experts = 1; }, "these expert settings");
+  refused(
+      "llama", [](auto& c) { c.latent.kv_lora_rank = 8; }, "this attention");
+  refused(
+      "deepseek_v3", [](auto& c) { c.moe.correction_bias = false; }, "this router");
+  refused(
+      "deepseek_v3",
+      [](auto& c) {
+        c.moe_layers = {true, false, true};
+      },
+      "a dense layer 1 after");
 }
 
 }  // namespace

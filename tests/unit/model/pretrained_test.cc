@@ -45,7 +45,7 @@ std::map<std::string, std::string> contents_of(const std::string& folder) {
 }
 
 TEST(Pretrained, SavedFoldersLoadTheSameWholeAndInShards) {
-  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied}) {
+  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied, kTinyLatent}) {
     const TinyModel model(text);
     for (const std::int64_t limit : {std::int64_t{1} << 30, std::int64_t{2000}, std::int64_t{1}}) {
       SCOPED_TRACE(model.config.model_type + " " + std::to_string(limit));
