@@ -112,6 +112,7 @@ CASES = {
         "deepseek_v3",
         DEEPSEEK | dict(
             num_hidden_layers=2, first_k_dense_replace=0, attention_bias=True, n_group=1,
+            num_experts_per_tok=5,
             topk_group=1, routed_scaling_factor=0.7, tie_word_embeddings=True,
             rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3},
         ),

@@ -45,7 +45,7 @@ def make_model(model_type: str, seed: int = 0, **settings):
         for router in biased_routers(model):
             # As far apart as the scores are, so that it decides some choices and not all.
             bias = router.e_score_correction_bias
-            bias.copy_(0.05 * torch.randn(bias.shape))  # fp32, in which transformers loads it
+            bias.copy_(0.03 * torch.randn(bias.shape))  # fp32, in which transformers loads it
     return model
 
 
