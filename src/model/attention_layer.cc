@@ -1,7 +1,5 @@
 #include <fmt/format.h>
 
-#include <cmath>
-
 #include "model/internal/layers.h"
 
 namespace meshloom::model::detail {
@@ -9,8 +7,7 @@ namespace meshloom::model::detail {
 AttentionLayer::AttentionLayer(const ModelConfig& config, const ParameterTable& table,
                                std::int64_t layer)
     : layout_{config.heads, config.kv_heads, config.head_dim},
-      options_{.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim)),
-               .window = config.windows.at(std::size_t(layer))},
+      options_{.scale = attention_scale(config), .window = config.windows.at(std::size_t(layer))},
       eps_(config.rms_norm_eps) {
   const std::string prefix = fmt::format("model.layers.{}.self_attn.", layer);
   const std::int64_t hidden = config.hidden_size;

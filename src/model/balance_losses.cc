@@ -149,6 +149,10 @@ at::Tensor SequenceBalance::observe(int /*layer*/, const at::Tensor& probabiliti
 std::unique_ptr<BalanceLoss> make_balance_loss(const std::string& form, double coefficient,
                                                const ModelConfig& config) {
   if (form == "none") return nullptr;
+  // DeepSeek-V3, whose scores are sigmoid, counts choices per token and choice.
+  if (config.moe.score == RouterScore::kSigmoid) {
+    coefficient /= static_cast<double>(config.moe.experts_per_token);
+  }
   const auto layers = std::count(config.moe_layers.begin(), config.moe_layers.end(), true);
   if (form == "global") {
     return std::make_unique<GlobalBalance>(coefficient, config.moe.experts, layers);

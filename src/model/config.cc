@@ -3,13 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
 
 #include "meshloom/core/error.h"
 #include "meshloom/model/parameters.h"
+#include "model/internal/config_fields.h"
 #include "model/internal/families.h"
 #include "model/internal/files.h"
 
@@ -18,9 +18,12 @@ namespace {
 
 using Json = nlohmann::json;
 using detail::Family;
+using detail::Fields;
 using detail::find_family;
+using detail::is_off;
 using detail::kConfigWhere;
 using detail::refuse;
+using detail::wrong_type;
 
 std::set<std::string_view> split_words(std::string_view text) {
   std::set<std::string_view> words;
@@ -65,93 +68,22 @@ const std::set<std::string_view>& known_keys() {
   return keys;
 }
 
-[[noreturn]] void wrong_type(const std::string& key, std::string_view expected, const Json& value) {
-  throw DataError(kConfigWhere, fmt::format("{} is {}, expected {}", key, value.dump(), expected));
+/// Keys that only a family with latent attention knows.
+const std::set<std::string_view>& latent_keys() {
+  static const std::set<std::string_view> keys = split_words(
+      "aux_loss_alpha ep_size first_k_dense_replace kv_lora_rank moe_layer_freq n_group "
+      "n_routed_experts n_shared_experts num_nextn_predict_layers q_lora_rank qk_head_dim "
+      "qk_nope_head_dim qk_rope_head_dim rope_interleave routed_scaling_factor scoring_func "
+      "seq_aux topk_group topk_method v_head_dim");
+  return keys;
 }
 
-/// Reads one JSON object's fields by name; null counts as absent.
-class Fields {
- public:
-  static constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
-  static constexpr std::int64_t kMostEntries = 65'536;
-
-  Fields(const Json& object, std::string prefix) : object_(object), prefix_(std::move(prefix)) {}
-
-  [[nodiscard]] const Json* get(const char* key) const {
-    const auto found = object_.find(key);
-    return found == object_.end() || found->is_null() ? nullptr : &*found;
-  }
-  [[nodiscard]] bool present(const char* key) const { return object_.contains(key); }
-
-  [[nodiscard]] std::int64_t size(const char* key) const {
-    if (get(key) == nullptr) missing(key);
-    return size(key, 0);
-  }
-  /// A positive size, by default one that fits a tensor dimension.
-  [[nodiscard]] std::int64_t size(const char* key, std::int64_t fallback,
-                                  std::int64_t most = kMostSize) const {
-    const Json* value = get(key);
-    if (value == nullptr) return fallback;
-    if (!value->is_number_integer() || *value < 1 || *value > most) {
-      wrong_type(prefix_ + key, fmt::format("a positive integer up to {}", most), *value);
-    }
-    return value->get<std::int64_t>();
-  }
-  /// A number of layers or experts, of which tables are made: a bound against hostile files.
-  [[nodiscard]] std::int64_t count(const char* key) const {
-    if (get(key) == nullptr) missing(key);
-    return size(key, 0, kMostEntries);
-  }
-  [[nodiscard]] std::int64_t token(const char* key) const {
-    const Json* value = get(key);
-    if (value == nullptr) return -1;
-    if (!value->is_number_integer()) wrong_type(prefix_ + key, "an integer or null", *value);
-    return value->get<std::int64_t>();
-  }
-  [[nodiscard]] double number(const char* key, double fallback) const {
-    const Json* value = get(key);
-    if (value == nullptr) return fallback;
-    if (!value->is_number()) wrong_type(prefix_ + key, "a number", *value);
-    return value->get<double>();
-  }
-  [[nodiscard]] double number(const char* key) const {
-    if (get(key) == nullptr) missing(key);
-    return number(key, 0.0);
-  }
-  [[nodiscard]] bool boolean(const char* key, bool fallback) const {
-    const Json* value = get(key);
-    if (value == nullptr) return fallback;
-    if (!value->is_boolean()) wrong_type(prefix_ + key, "true or false", *value);
-    return value->get<bool>();
-  }
-  [[nodiscard]] std::string text(const char* key, const char* fallback) const {
-    const Json* value = get(key);
-    if (value == nullptr) return fallback;
-    if (!value->is_string()) wrong_type(prefix_ + key, "a string", *value);
-    return value->get<std::string>();
-  }
-
- private:
-  [[noreturn]] void missing(const char* key) const {
-    throw DataError(kConfigWhere, fmt::format("{}{} is missing", prefix_, key));
-  }
-  const Json& object_;
-  std::string prefix_;
-};
-
-/// Whether a value of a key that we do not know may change nothing: null, false, 0, empty.
-bool is_off(const Json& value) {
-  return value.is_null() || (value.is_boolean() && !value.get<bool>()) ||
-         (value.is_number() && value.get<double>() == 0.0) ||
-         ((value.is_array() || value.is_object() || value.is_string()) && value.empty()) ||
-         (value.is_string() && value.get<std::string>().empty());
-}
-
-void refuse_unknown(const Json& root) {
+void refuse_unknown(const Json& root, const Family& family) {
   for (const auto& [key, value] : root.items()) {
     if (key.starts_with('_') || known_keys().contains(key) || harmless_keys().contains(key)) {
       continue;
     }
+    if (family.latent_attention && latent_keys().contains(key)) continue;
     if (!is_off(value)) refuse(fmt::format("key \"{}\" = {} is not built", key, value.dump()));
   }
 }
@@ -198,6 +130,9 @@ RopeConfig read_rope(const Json& root, const Fields& fields, const Family& famil
       inner.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0));
   if (partial != 1.0) refuse(fmt::format("partial_rotary_factor = {} is not built", partial));
   if (rope.type == "default") return rope;
+  if (family.latent_attention && rope.type != "yarn" && inner.number("mscale_all_dim", 0.0) != 0) {
+    refuse(fmt::format("{}.mscale_all_dim with rope_type \"{}\" is not built", name, rope.type));
+  }
   if (rope.type != "linear" && rope.type != "llama3" && rope.type != "yarn") {
     refuse(fmt::format("rope_type \"{}\" is not built; known: default, linear, llama3, yarn",
                        rope.type));
@@ -246,8 +181,8 @@ std::vector<std::int64_t> read_windows(const Fields& fields, const Family& famil
   if (!family.use_window_key && fields.boolean("use_sliding_window", false)) {
     refuse(fmt::format("use_sliding_window in model_type \"{}\" is not built", family.name));
   }
-  if (family.name == "llama" && window > 0) {
-    refuse("sliding_window in model_type \"llama\" is not built");
+  if (!family.window_key && window > 0) {
+    refuse(fmt::format("sliding_window in model_type \"{}\" is not built", family.name));
   }
   std::vector<std::int64_t> result(static_cast<std::size_t>(layers), window);
   const Json* types = fields.get("layer_types");
@@ -347,7 +282,7 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   config.model_type = fields.text("model_type", "");
   if (config.model_type.empty()) throw DataError(kConfigWhere, "model_type is missing");
   const Family& family = find_family(config.model_type);
-  refuse_unknown(root);
+  refuse_unknown(root, family);
   const std::string activation = fields.text("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") {
     refuse(fmt::format("hidden_act \"{}\" is not built; known: silu", activation));
@@ -368,6 +303,7 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   const std::int64_t head_default = fields.present("head_dim") ? 0 : family.default_head_dim;
   config.head_dim =
       fields.size("head_dim", head_default != 0 ? head_default : config.hidden_size / config.heads);
+  if (family.latent_attention) detail::read_latent_attention(config, fields);
   config.rms_norm_eps = fields.number("rms_norm_eps", family.eps);
   config.initializer_range = fields.number("initializer_range", 0.02);
   config.tie_word_embeddings = fields.boolean("tie_word_embeddings", false);
@@ -386,7 +322,9 @@ ModelConfig ModelConfig::from_json(const std::string& text) {
   config.moe_layers.assign(static_cast<std::size_t>(config.layers), false);
   config.rope = read_rope(root, fields, family);
   config.max_position_embeddings = fields.size("max_position_embeddings", 0);
-  if (family.moe) {
+  if (family.latent_attention) {
+    detail::read_grouped_experts(config, fields);
+  } else if (family.moe) {
     read_moe(config, fields);
   } else {
     for (const char* key : {"num_experts", "num_local_experts"}) {
@@ -425,8 +363,12 @@ void ModelConfig::validate() const {
   require(heads % kv_heads == 0,
           fmt::format("num_attention_heads is {}, expected a multiple of num_key_value_heads {}",
                       heads, kv_heads));
-  require(head_dim > 0 && head_dim % 2 == 0,
-          fmt::format("head_dim is {}, expected a positive even number", head_dim));
+  if (latent.kv_lora_rank > 0) {
+    detail::validate_latent_attention(*this);
+  } else {
+    require(head_dim > 0 && head_dim % 2 == 0,
+            fmt::format("head_dim is {}, expected a positive even number", head_dim));
+  }
   require(rms_norm_eps >= 0, fmt::format("rms_norm_eps is {}, expected >= 0", rms_norm_eps));
   require(windows.size() == std::size_t(layers) && moe_layers.size() == std::size_t(layers),
           "windows and moe_layers have one entry a layer");
@@ -437,6 +379,15 @@ void ModelConfig::validate() const {
             fmt::format("num_experts_per_tok is {}, expected 1 .. {}", moe.experts_per_token,
                         moe.experts));
   }
+  if (moe.experts > 0) detail::validate_grouped_experts(*this);
+}
+
+std::int64_t ModelConfig::rope_dim() const {
+  return latent.kv_lora_rank > 0 ? latent.qk_rope_head_dim : head_dim;
+}
+
+std::int64_t ModelConfig::value_dim() const {
+  return latent.kv_lora_rank > 0 ? latent.v_head_dim : head_dim;
 }
 
 std::int64_t ModelConfig::parameter_count() const {

@@ -7,19 +7,24 @@
 
 #include "meshloom/core/error.h"
 #include "meshloom/model/config.h"
+#include "model/internal/config_fields.h"
 #include "model/internal/families.h"
 
 namespace meshloom::model {
 namespace detail {
 namespace {
 
-constexpr std::array<Family, 6> kFamilies{{
-    {"llama", "LlamaForCausalLM", 1e-6, 1e4, 0, 0, true, false, false, false, 0},
-    {"mistral", "MistralForCausalLM", 1e-6, 1e4, 8, 0, false, false, false, false, 4096},
-    {"qwen2", "Qwen2ForCausalLM", 1e-6, 1e4, 32, 0, false, true, true, false, 4096},
-    {"qwen3", "Qwen3ForCausalLM", 1e-6, 1e4, 32, 128, true, true, true, false, 4096},
-    {"mixtral", "MixtralForCausalLM", 1e-5, 1e6, 8, 0, false, false, false, true, 0},
-    {"qwen3_moe", "Qwen3MoeForCausalLM", 1e-6, 1e4, 4, 0, true, true, false, true, 4096},
+constexpr std::array<Family, 7> kFamilies{{
+    {"llama", "LlamaForCausalLM", 1e-6, 1e4, 0, 0, true, false, false, false, 0, false, false},
+    {"mistral", "MistralForCausalLM", 1e-6, 1e4, 8, 0, false, false, false, false, 4096, true,
+     false},
+    {"qwen2", "Qwen2ForCausalLM", 1e-6, 1e4, 32, 0, false, true, true, false, 4096, true, false},
+    {"qwen3", "Qwen3ForCausalLM", 1e-6, 1e4, 32, 128, true, true, true, false, 4096, true, false},
+    {"mixtral", "MixtralForCausalLM", 1e-5, 1e6, 8, 0, false, false, false, true, 0, true, false},
+    {"qwen3_moe", "Qwen3MoeForCausalLM", 1e-6, 1e4, 4, 0, true, true, false, true, 4096, true,
+     false},
+    {"deepseek_v3", "DeepseekV3ForCausalLM", 1e-6, 1e4, 0, 0, true, false, false, true, 0, false,
+     true},
 }};
 
 }  // namespace
@@ -88,8 +93,8 @@ std::string ModelConfig::to_json() const {
     one_size = one_size && (w == 0 || w == window);
   }
   expect(one_size && (uniform || family.layer_types_key), "these windows");
-  expect(window == 0 || family.name != "llama", "a sliding window");
-  if (family.name != "llama") root["sliding_window"] = window > 0 ? Json(window) : Json();
+  expect(window == 0 || family.window_key, "a sliding window");
+  if (family.window_key) root["sliding_window"] = window > 0 ? Json(window) : Json();
   if (family.use_window_key) root["use_sliding_window"] = window > 0;
   if (family.layer_types_key) {
     Json types = Json::array();
@@ -101,7 +106,14 @@ std::string ModelConfig::to_json() const {
     root["layer_types"] = types;
     root["max_window_layers"] = full;
   }
-  if (family.moe) {
+  expect(family.latent_attention == (latent.kv_lora_rank > 0), "this attention");
+  if (family.latent_attention) {
+    detail::write_latent_attention(*this, root);
+    detail::write_grouped_experts(*this, root);
+  } else if (family.moe) {
+    expect(moe.groups == 1 && moe.weight_scale == 1.0 && !moe.correction_bias &&
+               moe.shared_experts == 0,
+           "these expert settings");
     root["num_experts_per_tok"] = moe.experts_per_token;
     root["router_aux_loss_coef"] = moe.aux_loss_coefficient;
     root["output_router_logits"] = moe.output_router_logits;

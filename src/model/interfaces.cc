@@ -18,4 +18,16 @@ Stage::~Stage() = default;
 TokenDispatcher::~TokenDispatcher() = default;
 WeightGradSink::~WeightGradSink() = default;
 
+Arrival<DispatchedTokens> TokenDispatcher::begin_dispatch(const at::Tensor& x,
+                                                          const at::Tensor& experts,
+                                                          std::int64_t expert_count) {
+  return [result = dispatch(x, experts, expert_count)] { return result; };
+}
+
+Arrival<CombineGradients> TokenDispatcher::begin_combine_backward(const at::Tensor& dout,
+                                                                  const DispatchedTokens& routing,
+                                                                  const at::Tensor& weights) {
+  return [result = combine_backward(dout, routing, weights)] { return result; };
+}
+
 }  // namespace meshloom::model

@@ -44,7 +44,7 @@ AttentionOutput LocalAttention::forward(const at::Tensor& q, const at::Tensor& k
                                         const AttentionOptions& options) {
   const auto blocks = whole_documents(batch);
   const at::TensorOptions stat = statistics_like(q);
-  at::Tensor out = at::zeros({q.size(0), q.size(1), q.size(2)}, stat);
+  at::Tensor out = at::zeros({q.size(0), q.size(1), v.size(2)}, stat);
   at::Tensor lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), stat);
   attention_forward_(out, lse, q, k, v, blocks, options);
   return {out.to(q.scalar_type()), lse};

@@ -1,4 +1,5 @@
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/empty.h>
 #include <fmt/format.h>
 
@@ -25,6 +26,11 @@ at::Tensor expert_rows_tensor(const std::vector<std::int64_t>& rows) {
   return result;
 }
 
+/// How often each expert is chosen, [experts]. Whole numbers: exact in fp32 up to 2^24.
+at::Tensor choices(const at::Tensor& experts, std::int64_t count) {
+  return at::bincount(experts.reshape({-1}), {}, count);
+}
+
 std::vector<std::int64_t> expert_rows_vector(const at::Tensor& rows) {
   const std::int64_t* data = rows.data_ptr<std::int64_t>();
   return {data, data + rows.numel()};
@@ -32,13 +38,15 @@ std::vector<std::int64_t> expert_rows_vector(const at::Tensor& rows) {
 
 }  // namespace
 
-DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer) {
-  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
-  const std::int64_t hidden = config.hidden_size;
-  const std::int64_t inner = config.intermediate_size;
+DenseLayer::DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
+    : DenseLayer(table, fmt::format("model.layers.{}.mlp.", layer), config.hidden_size,
+                 config.intermediate_size, config.mlp_bias) {}
+
+DenseLayer::DenseLayer(const ParameterTable& table, const std::string& prefix, std::int64_t hidden,
+                       std::int64_t inner, bool biased) {
   gate_up_.weight = parameter_handle(table, prefix + "gate_proj.weight", {2 * inner, hidden});
   down_.weight = parameter_handle(table, prefix + "down_proj.weight", {hidden, inner});
-  if (config.mlp_bias) {
+  if (biased) {
     gate_up_.bias = parameter_handle(table, prefix + "gate_proj.bias", {2 * inner});
     down_.bias = parameter_handle(table, prefix + "down_proj.bias", {hidden});
   }
@@ -88,13 +96,23 @@ MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::
       experts_(config.moe.experts),
       router_options_{.top_k = config.moe.experts_per_token,
                       .normalize = config.moe.normalize_top_k,
-                      .score = config.moe.score} {
+                      .score = config.moe.score,
+                      .scale = config.moe.weight_scale,
+                      .groups = config.moe.groups,
+                      .top_groups = config.moe.top_groups} {
   const bool mixtral = config.model_type == "mixtral";
   const std::string prefix =
       fmt::format("model.layers.{}.{}.", layer, mixtral ? "block_sparse_moe" : "mlp");
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t inner = config.moe.intermediate_size;
   router_ = parameter_handle(table, prefix + "gate.weight", {experts_, hidden});
+  if (config.moe.correction_bias) {
+    correction_ = parameter_handle(table, prefix + "gate.e_score_correction_bias", {experts_});
+  }
+  if (config.moe.shared_experts > 0) {
+    shared_.emplace(table, prefix + "shared_experts.", hidden, config.moe.shared_experts * inner,
+                    /*biased=*/false);
+  }
   const std::string first = prefix + "experts.0.";
   gate_up_ = parameter_handle(table, first + (mixtral ? "w1.weight" : "gate_proj.weight"),
                               {experts_, 2 * inner, hidden});
@@ -112,15 +130,23 @@ at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
   ops::RouterOutput routed;
   {
     const HeldWeight weight(context.parameters, router_);
-    routed = ops::route(ops::matmul_nt(x, *weight), router_options_);
+    const HeldWeight correction(context.parameters, correction_);
+    routed = ops::route(ops::matmul_nt(x, *weight), router_options_, *correction);
   }
   pass.z_loss_sum += routed.z_sum;
   at::Tensor balance;
   if (context.balance != nullptr) {
-    balance = context.balance->observe(static_cast<int>(layer_), routed.probabilities,
+    balance = context.balance->observe(static_cast<int>(layer_),
+                                       ops::normalized_probabilities(routed, router_options_),
                                        routed.experts, context.stream);
   }
-  DispatchedTokens tokens = context.dispatcher.dispatch(x, routed.experts, experts_);
+  at::Tensor shared;
+  DispatchedTokens tokens;
+  {
+    const auto arrive = context.dispatcher.begin_dispatch(x, routed.experts, experts_);
+    if (shared_) shared = shared_->forward(pass, x);
+    tokens = arrive();
+  }
   at::Tensor gate_up = project(pass, tokens);
   const bool keeps_rows = context.dispatcher.keeps_rows();
   if (!keeps_rows) tokens.rows.reset();
@@ -143,7 +169,9 @@ at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
     const HeldWeight weight(context.parameters, down_);
     y = ops::grouped_matmul_nt(activation, *weight, tokens.expert_rows);
   }
-  return context.dispatcher.combine(y, tokens, routed.weights);
+  at::Tensor out = context.dispatcher.combine(y, tokens, routed.weights);
+  if (shared.defined()) out.add_(shared);
+  return out;
 }
 
 at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const {
@@ -160,18 +188,25 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   tokens.expert_rows = expert_rows_vector(pass.restore(Activation::kRouting));
   if (context.dispatcher.keeps_rows()) tokens.rows = pass.restore(Activation::kMlp);
 
-  CombineGradients combined = context.dispatcher.combine_backward(dy, tokens, routed.weights);
   const auto fetch_rows = [&] {
     if (tokens.rows.defined()) return;
     tokens.rows = context.dispatcher.rows_again(x, tokens, router_options_.top_k);
   };
   at::Tensor gate_up;  // becomes its gradient
-  if (pass.recomputes_projections()) {
-    fetch_rows();
-    gate_up = project(pass, tokens);
-  } else {
-    gate_up = pass.restore(Activation::kMlp);
+  at::Tensor dshared;
+  CombineGradients combined;
+  {
+    const auto arrive = context.dispatcher.begin_combine_backward(dy, tokens, routed.weights);
+    if (pass.recomputes_projections()) {
+      fetch_rows();
+      gate_up = project(pass, tokens);
+    } else {
+      gate_up = pass.restore(Activation::kMlp);
+    }
+    if (shared_) dshared = shared_->backward(pass, dy, x);
+    combined = arrive();
   }
+  if (correction_) sink.add(correction_, choices(routed.experts, experts_));
   at::Tensor dweights;
   {
     at::Tensor activation;
@@ -201,6 +236,7 @@ at::Tensor MoeLayer::backward(Pass& pass, const at::Tensor& dy, const at::Tensor
   sink.linear(router_, dlogits, x);
   const HeldWeight weight(context.parameters, router_);
   ops::matmul_nn_add_(dispatched.x, dlogits, *weight);
+  if (dshared.defined()) dispatched.x.add_(dshared);
   return dispatched.x;
 }
 

@@ -41,12 +41,16 @@ class TableBuilder {
     layer_ = index;
     const std::string prefix = fmt::format("model.layers.{}.", index);
     norm(prefix + "input_layernorm", config_.hidden_size);
-    attention(prefix + "self_attn.");
+    if (config_.latent.kv_lora_rank > 0) {
+      latent_attention(prefix + "self_attn.");
+    } else {
+      attention(prefix + "self_attn.");
+    }
     norm(prefix + "post_attention_layernorm", config_.hidden_size);
     if (config_.moe_layers.at(std::size_t(index))) {
       experts(prefix);
     } else {
-      dense(prefix + "mlp.");
+      dense(prefix + "mlp.", config_.intermediate_size, config_.mlp_bias);
     }
   }
 
@@ -118,18 +122,38 @@ class TableBuilder {
     if (config_.output_bias) bias(prefix + "o_proj", config_.hidden_size);
   }
 
-  void dense(const std::string& prefix) {
+  void latent_attention(const std::string& prefix) {
+    const LatentAttentionConfig& latent = config_.latent;
     const std::int64_t hidden = config_.hidden_size;
-    const std::int64_t inner = config_.intermediate_size;
+    const std::int64_t kv = latent.kv_lora_rank + latent.qk_rope_head_dim;
+    const bool q_latent = latent.q_lora_rank > 0;
+    if (q_latent) weight(prefix + "q_a_proj", {latent.q_lora_rank, hidden});
+    weight(prefix + "kv_a_proj_with_mqa", {kv, hidden});
+    if (config_.qkv_bias) {
+      if (q_latent) bias(prefix + "q_a_proj", latent.q_lora_rank);
+      bias(prefix + "kv_a_proj_with_mqa", kv);
+    }
+    if (q_latent) norm(prefix + "q_a_layernorm", latent.q_lora_rank);
+    norm(prefix + "kv_a_layernorm", latent.kv_lora_rank);
+    weight(prefix + (q_latent ? "q_b_proj" : "q_proj"),
+           {config_.heads * config_.head_dim, q_latent ? latent.q_lora_rank : hidden});
+    weight(prefix + "kv_b_proj",
+           {config_.heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank});
+    weight(prefix + "o_proj", {hidden, config_.heads * latent.v_head_dim});
+    if (config_.output_bias) bias(prefix + "o_proj", hidden);
+  }
+
+  void dense(const std::string& prefix, std::int64_t inner, bool biased) {
+    const std::int64_t hidden = config_.hidden_size;
     const Cut features = even(0, inner);
     weight(prefix + "gate_proj", {inner, hidden}, features);
     weight(prefix + "up_proj", {inner, hidden}, features);
-    if (config_.mlp_bias) {
+    if (biased) {
       bias(prefix + "gate_proj", inner, features);
       bias(prefix + "up_proj", inner, features);
     }
     weight(prefix + "down_proj", {hidden, inner}, even(1, inner));
-    if (config_.mlp_bias) bias(prefix + "down_proj", hidden);
+    if (biased) bias(prefix + "down_proj", hidden);
   }
 
   void experts(const std::string& layer) {
@@ -143,6 +167,16 @@ class TableBuilder {
            .expert = e});
     };
     weight(prefix + "gate", {config_.moe.experts, hidden});
+    if (config_.moe.correction_bias) {
+      add({.name = prefix + "gate.e_score_correction_bias",
+           .shape = {config_.moe.experts},
+           .decay = false,
+           .zeros = true,
+           .counts_choices = true});
+    }
+    if (config_.moe.shared_experts > 0) {
+      dense(prefix + "shared_experts.", config_.moe.shared_experts * inner, false);
+    }
     for (std::int64_t e = 0; e < config_.moe.experts; ++e) {
       expert(e, mixtral ? "w1" : "gate_proj", {inner, hidden});
       expert(e, mixtral ? "w3" : "up_proj", {inner, hidden});
@@ -189,6 +223,11 @@ void check_shard(const ModelConfig& config, TensorShard shard) {
                  fmt::format("rank {} of {}", shard.rank, shard.ranks));
   const std::vector<int> serving =
       serving_ranks(config, static_cast<int>(std::min<std::int64_t>(config.heads, 1024)));
+  if (shard.ranks > 1 && config.latent.kv_lora_rank > 0) {
+    throw NotSupported(kWhere, fmt::format("{} tensor-parallel ranks: latent attention over more "
+                                           "than one is not built",
+                                           shard.ranks));
+  }
   if (std::find(serving.begin(), serving.end(), shard.ranks) != serving.end()) return;
   throw InvalidArgument(
       kWhere,

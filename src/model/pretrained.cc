@@ -19,8 +19,15 @@ namespace {
 constexpr const char* kLoadWhere = "model.load_pretrained";
 constexpr const char* kSaveWhere = "model.save_pretrained";
 
-/// Old Llama checkpoints store this buffer, which is computed.
-bool is_ignored(const std::string& name) { return name.ends_with("rotary_emb.inv_freq"); }
+/// Old Llama checkpoints store a buffer that is computed; others have layers after the last for
+/// multi-token prediction.
+bool is_ignored(const ModelConfig& config, const std::string& name) {
+  if (name.ends_with("rotary_emb.inv_freq")) return true;
+  for (std::int64_t i = 0; i < config.prediction_layers; ++i) {
+    if (name.starts_with(fmt::format("model.layers.{}.", config.layers + i))) return true;
+  }
+  return false;
+}
 
 /// Name -> the Hub's name, where transformers' module tree differs from it.
 std::string hub_name(const ModelConfig& config, std::string name) {
@@ -190,7 +197,7 @@ void load_pretrained(const std::string& folder, const ModelConfig& config,
   const SafetensorsFolder::Entry* tied_head = nullptr;
   for (const SafetensorsFolder::Entry& entry : files.entries()) {
     const std::string& name = entry.info->name;
-    if (is_ignored(name)) continue;
+    if (is_ignored(config, name)) continue;
     const ParameterHandle handle = match(folder, config, whole, *entry.info);
     if (name == "lm_head.weight" && config.tie_word_embeddings) {
       tied_head = &entry;
@@ -227,7 +234,7 @@ NamedTensors views_like_checkpoint(const std::string& folder, const ModelConfig&
   const SafetensorsFolder files(folder);
   NamedTensors result;
   for (const SafetensorsFolder::Entry& entry : files.entries()) {
-    if (is_ignored(entry.info->name)) continue;
+    if (is_ignored(config, entry.info->name)) continue;
     const ParameterHandle handle = match(folder, config, table, *entry.info);
     result.emplace_back(entry.info->name, flat_part(flat, handle));
   }

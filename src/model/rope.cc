@@ -54,21 +54,22 @@ at::Tensor yarn_frequencies(const at::Tensor& inverse, const RopeConfig& rope, s
   return inverse / rope.factor * (1.0 - keep) + inverse * keep;
 }
 
+double yarn_mscale(const RopeConfig& rope, double weight) {
+  return rope.factor <= 1.0 ? 1.0 : 0.1 * weight * std::log(rope.factor) + 1.0;
+}
+
 double yarn_scaling(const RopeConfig& rope) {
   if (rope.attention_factor != 0.0) return rope.attention_factor;
-  const auto mscale = [&](double weight) {
-    return rope.factor <= 1.0 ? 1.0 : 0.1 * weight * std::log(rope.factor) + 1.0;
-  };
   if (rope.mscale != 0.0 && rope.mscale_all_dim != 0.0) {
-    return mscale(rope.mscale) / mscale(rope.mscale_all_dim);
+    return yarn_mscale(rope, rope.mscale) / yarn_mscale(rope, rope.mscale_all_dim);
   }
-  return mscale(1.0);
+  return yarn_mscale(rope, 1.0);
 }
 
 }  // namespace
 
 RopeFrequencies rope_frequencies(const ModelConfig& config, at::ScalarType dtype) {
-  const std::int64_t dim = config.head_dim;
+  const std::int64_t dim = config.rope_dim();
   const RopeConfig& rope = config.rope;
   const at::Tensor exponents =
       at::arange(0, dim, 2, at::TensorOptions().dtype(dtype)) / static_cast<double>(dim);
@@ -78,6 +79,13 @@ RopeFrequencies rope_frequencies(const ModelConfig& config, at::ScalarType dtype
   if (rope.type == "llama3") return {llama3_frequencies(inverse, rope), 1.0};
   if (rope.type == "yarn") return {yarn_frequencies(inverse, rope, dim), yarn_scaling(rope)};
   throw NotSupported("model.rope", "rope_type \"" + rope.type + "\" is not built");
+}
+
+double attention_scale(const ModelConfig& config) {
+  const double scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
+  if (config.latent.kv_lora_rank == 0 || config.rope.mscale_all_dim == 0.0) return scale;
+  const double mscale = yarn_mscale(config.rope, config.rope.mscale_all_dim);
+  return scale * mscale * mscale;
 }
 
 }  // namespace meshloom::model::detail

@@ -18,6 +18,7 @@ namespace {
 using detail::AttentionLayer;
 using detail::DenseLayer;
 using detail::HeldWeight;
+using detail::LatentAttentionLayer;
 using detail::MoeLayer;
 using detail::Pass;
 
@@ -78,7 +79,9 @@ class DecoderLayer {
   DecoderLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer)
       : layer_(layer),
         eps_(config.rms_norm_eps),
-        attention_(config, table, layer),
+        attention_(config.latent.kv_lora_rank > 0
+                       ? Attention(LatentAttentionLayer(config, table, layer))
+                       : Attention(AttentionLayer(config, table, layer))),
         mlp_(config.moe_layers.at(std::size_t(layer))
                  ? std::variant<DenseLayer, MoeLayer>(MoeLayer(config, table, layer))
                  : std::variant<DenseLayer, MoeLayer>(DenseLayer(config, table, layer))) {
@@ -129,7 +132,7 @@ class DecoderLayer {
 
   void forward_kept(Pass& pass, ResidualStream& h) const {
     at::Tensor x = normalize(pass, h, input_norm_);
-    h.pending = attention_.forward(pass, x);
+    h.pending = std::visit([&](const auto& layer) { return layer.forward(pass, x); }, attention_);
     pass.save(Activation::kLayerInput, h.stream);
     x = normalize(pass, h, post_norm_);
     h.pending = std::visit([&](const auto& mlp) { return mlp.forward(pass, x); }, mlp_);
@@ -140,8 +143,9 @@ class DecoderLayer {
     sublayer_backward(pass, dh, post_norm_, [&](const at::Tensor& x) {
       return std::visit([&](const auto& mlp) { return mlp.backward(pass, dh, x); }, mlp_);
     });
-    sublayer_backward(pass, dh, input_norm_,
-                      [&](const at::Tensor& x) { return attention_.backward(pass, dh, x); });
+    sublayer_backward(pass, dh, input_norm_, [&](const at::Tensor& x) {
+      return std::visit([&](const auto& layer) { return layer.backward(pass, dh, x); }, attention_);
+    });
   }
 
   /// Settles what is pending and returns the norm of the stream.
@@ -170,9 +174,11 @@ class DecoderLayer {
     pass.context.gradients->add(norm, ops::rms_norm_backward_(dh, dx, input, *weight, rstd));
   }
 
+  using Attention = std::variant<AttentionLayer, LatentAttentionLayer>;
+
   std::int64_t layer_;
   double eps_;
-  AttentionLayer attention_;
+  Attention attention_;
   std::variant<DenseLayer, MoeLayer> mlp_;
   ParameterHandle input_norm_;
   ParameterHandle post_norm_;

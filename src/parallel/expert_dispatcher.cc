@@ -136,6 +136,11 @@ at::Tensor ExpertDispatcher::by_member(const at::Tensor& rows, const Route& rout
 
 model::DispatchedTokens ExpertDispatcher::dispatch(const at::Tensor& x, const at::Tensor& experts,
                                                    std::int64_t expert_count) {
+  return begin_dispatch(x, experts, expert_count)();
+}
+
+model::Arrival<model::DispatchedTokens> ExpertDispatcher::begin_dispatch(
+    const at::Tensor& x, const at::Tensor& experts, std::int64_t expert_count) {
   MESHLOOM_CHECK_EQ(expert_count, map_.experts(), "parallel.expert_dispatcher", "experts");
   const at::Tensor positions =
       position_.defined()
@@ -152,14 +157,18 @@ model::DispatchedTokens ExpertDispatcher::dispatch(const at::Tensor& x, const at
     next = end;
   }
   const at::Tensor sent = model::ops::gather_rows(x, route.source, experts.size(1));
-  const at::Tensor rows =
-      finish(group_.all_to_all(sent, route.send_rows, route.receive_rows(members_), kDispatchCall));
-  std::vector<std::int64_t> expert_rows(local_experts_, 0);
-  for (std::size_t i = 0; i < route.received.size(); ++i) {
-    expert_rows[i % local_experts_] += route.received[i];
-  }
-  return {
-      .rows = by_expert(rows, route), .expert_rows = std::move(expert_rows), .source = pack(route)};
+  comm::Work work =
+      group_.all_to_all(sent, route.send_rows, route.receive_rows(members_), kDispatchCall);
+  return [this, work = std::move(work), route = std::move(route)] {
+    const at::Tensor rows = finish(work);
+    std::vector<std::int64_t> expert_rows(local_experts_, 0);
+    for (std::size_t i = 0; i < route.received.size(); ++i) {
+      expert_rows[i % local_experts_] += route.received[i];
+    }
+    return model::DispatchedTokens{.rows = by_expert(rows, route),
+                                   .expert_rows = std::move(expert_rows),
+                                   .source = pack(route)};
+  };
 }
 
 at::Tensor ExpertDispatcher::rows_again(const at::Tensor& /*x*/,
@@ -180,14 +189,22 @@ at::Tensor ExpertDispatcher::combine(const at::Tensor& y, const model::Dispatche
 model::CombineGradients ExpertDispatcher::combine_backward(const at::Tensor& dout,
                                                            const model::DispatchedTokens& routing,
                                                            const at::Tensor& weights) {
-  const Route route = unpack(routing.source, weights.numel());
+  return begin_combine_backward(dout, routing, weights)();
+}
+
+model::Arrival<model::CombineGradients> ExpertDispatcher::begin_combine_backward(
+    const at::Tensor& dout, const model::DispatchedTokens& routing, const at::Tensor& weights) {
+  Route route = unpack(routing.source, weights.numel());
   const std::vector<std::int64_t> receive = route.receive_rows(members_);
   const at::Tensor rows = model::ops::gather_rows(dout, route.source, weights.size(1));
   const at::Tensor scales = weights.reshape({-1}).index_select(0, route.source);
   comm::Work rows_work = group_.all_to_all(rows, route.send_rows, receive, kDispatchCall);
   comm::Work scales_work = group_.all_to_all(scales, route.send_rows, receive, kDispatchCall);
-  return {.rows = by_expert(finish(std::move(rows_work)), route),
-          .weights = by_expert(finish(std::move(scales_work)), route)};
+  return [this, rows_work = std::move(rows_work), scales_work = std::move(scales_work),
+          route = std::move(route)] {
+    return model::CombineGradients{.rows = by_expert(finish(rows_work), route),
+                                   .weights = by_expert(finish(scales_work), route)};
+  };
 }
 
 model::DispatchGradients ExpertDispatcher::dispatch_backward(const at::Tensor& drows,

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <array>
 #include <limits>
 #include <utility>
 
@@ -15,17 +14,13 @@ namespace meshloom::parallel {
 namespace {
 
 using detail::Flight;
+using detail::KeyValues;
 
 /// What each reused buffer holds; pairs alternate, one in flight while the other is worked on.
 enum Buffer : std::size_t { kBlocks = 0, kGradients = 2, kPartial = 4 };
 
 std::size_t alternate(Buffer first, int step) {
   return static_cast<std::size_t>(first) + static_cast<std::size_t>(step % 2);
-}
-
-/// The shape of a member's keys and values in one tensor.
-std::array<std::int64_t, 4> block_shape(std::int64_t rows, const at::Tensor& k) {
-  return {2, rows, k.size(1), k.size(2)};
 }
 
 }  // namespace
@@ -78,10 +73,16 @@ RingExchange::RingExchange(comm::Communicator hdp, std::vector<int> ranks, SpanS
   index_ = detail::member_index(hdp_, ranks_, "parallel.ring_exchange");
 }
 
-at::Tensor RingExchange::pack(const at::Tensor& k, const at::Tensor& v) {
-  auto packed = buffers_->take(alternate(kBlocks, 0), block_shape(k.size(0), k), k.options());
-  packed.select(0, 0).copy_(k);
-  packed.select(0, 1).copy_(v);
+detail::KeyValues RingExchange::take(std::size_t buffer, std::int64_t rows, const at::Tensor& k,
+                                     const at::Tensor& v, const at::TensorOptions& options) {
+  return detail::key_values_in(
+      buffers_->take(buffer, {detail::key_value_elements(rows, k, v)}, options), rows, k, v);
+}
+
+detail::KeyValues RingExchange::pack(const at::Tensor& k, const at::Tensor& v) {
+  KeyValues packed = take(alternate(kBlocks, 0), k.size(0), k, v, k.options());
+  packed.k.copy_(k);
+  packed.v.copy_(v);
   return packed;
 }
 
@@ -92,25 +93,24 @@ model::AttentionOutput RingExchange::forward(const at::Tensor& q, const at::Tens
   const int next = ranks_[static_cast<std::size_t>((index_ + 1) % size)];
   const int previous = ranks_[static_cast<std::size_t>((index_ + size - 1) % size)];
   const auto statistics = q.options().dtype(detail::statistics_type(q));
-  auto out = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
+  auto out = at::zeros({q.size(0), q.size(1), v.size(2)}, statistics);
   auto lse = at::full({q.size(1), q.size(0)}, -std::numeric_limits<double>::infinity(), statistics);
 
-  auto held = pack(k, v);
+  KeyValues held = pack(k, v);
   for (int step = 0; step < size; ++step) {
     const int member = (index_ + size - step) % size;
-    at::Tensor incoming;
+    KeyValues incoming;
     Flight flight;
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming =
-          buffers_->take(alternate(kBlocks, step + 1),
-                         block_shape(detail::member_rows(batch, size, sender), k), k.options());
-      const comm::Transfer send{.peer = next, .tensor = &held};
-      const comm::Transfer receive{.peer = previous, .tensor = &incoming};
+      incoming = take(alternate(kBlocks, step + 1), detail::member_rows(batch, size, sender), k, v,
+                      k.options());
+      const comm::Transfer send{.peer = next, .tensor = &held.both};
+      const comm::Transfer receive{.peer = previous, .tensor = &incoming.both};
       flight = detail::post(hdp_, {&send, 1}, {&receive, 1});
     }
     const auto blocks = detail::blocks_against(batch, size, member, options.window);
-    model::attention_forward_(out, lse, q, held.select(0, 0), held.select(0, 1), blocks, options);
+    model::attention_forward_(out, lse, q, held.k, held.v, blocks, options);
     if (step + 1 < size) {
       detail::finish(flight, spans_);
       held = incoming;
@@ -135,56 +135,54 @@ model::AttentionGradients RingExchange::backward(const at::Tensor& dout, const a
   const auto delta = model::attention_delta(dout, forward.out);
   auto dq = at::zeros({q.size(0), q.size(1), q.size(2)}, statistics);
 
-  auto held = pack(k, v);
-  at::Tensor outgoing;  // gradient of the block of the step before, for the next rank
+  KeyValues held = pack(k, v);
+  KeyValues outgoing;  // gradient of the block of the step before, for the next rank
   for (int step = 0; step < size; ++step) {
     const int member = (index_ + size - step) % size;
-    at::Tensor incoming;
+    KeyValues incoming;
     at::Tensor partial;
     std::vector<comm::Transfer> sends;
     std::vector<comm::Transfer> receives;
     if (step > 0) {
-      partial = buffers_->take(kPartial, held.sizes(), statistics);
-      sends.push_back({.peer = next, .tensor = &outgoing});
+      partial = buffers_->take(kPartial, held.both.sizes(), statistics);
+      sends.push_back({.peer = next, .tensor = &outgoing.both});
       receives.push_back({.peer = previous, .tensor = &partial});
     }
     if (step + 1 < size) {
       const int sender = (member + size - 1) % size;
-      incoming =
-          buffers_->take(alternate(kBlocks, step + 1),
-                         block_shape(detail::member_rows(batch, size, sender), k), k.options());
-      sends.push_back({.peer = next, .tensor = &held});
-      receives.push_back({.peer = previous, .tensor = &incoming});
+      incoming = take(alternate(kBlocks, step + 1), detail::member_rows(batch, size, sender), k, v,
+                      k.options());
+      sends.push_back({.peer = next, .tensor = &held.both});
+      receives.push_back({.peer = previous, .tensor = &incoming.both});
     }
     Flight flight;
     if (!sends.empty()) flight = detail::post(hdp_, sends, receives);
 
-    auto gradient = size == 1
-                        ? at::empty(held.sizes(), statistics)
-                        : buffers_->take(alternate(kGradients, step), held.sizes(), statistics);
-    gradient.zero_();
-    auto dk = gradient.select(0, 0);
-    auto dv = gradient.select(0, 1);
+    const std::int64_t rows = held.k.size(0);
+    KeyValues gradient =
+        size == 1 ? detail::key_values_in(at::empty(held.both.sizes(), statistics), rows, k, v)
+                  : take(alternate(kGradients, step), rows, k, v, statistics);
+    gradient.both.zero_();
     const auto blocks = detail::blocks_against(batch, size, member, options.window);
-    model::attention_backward_(dq, dk, dv, dout, q, held.select(0, 0), held.select(0, 1),
-                               forward.lse, delta, blocks, options);
+    model::attention_backward_(dq, gradient.k, gradient.v, dout, q, held.k, held.v, forward.lse,
+                               delta, blocks, options);
     if (!sends.empty()) detail::finish(flight, spans_);
-    if (step > 0) gradient.add_(partial);
+    if (step > 0) gradient.both.add_(partial);
     outgoing = gradient;
     held = incoming;
   }
   if (size > 1) {
-    auto home = at::empty({2, k.size(0), k.size(1), k.size(2)}, statistics);
-    const comm::Transfer send{.peer = next, .tensor = &outgoing};
-    const comm::Transfer receive{.peer = previous, .tensor = &home};
+    const std::int64_t rows = k.size(0);
+    KeyValues home = detail::key_values_in(
+        at::empty({detail::key_value_elements(rows, k, v)}, statistics), rows, k, v);
+    const comm::Transfer send{.peer = next, .tensor = &outgoing.both};
+    const comm::Transfer receive{.peer = previous, .tensor = &home.both};
     Flight flight = detail::post(hdp_, {&send, 1}, {&receive, 1});
     detail::finish(flight, spans_);
     outgoing = home;
   }
   const auto type = q.scalar_type();
-  return {.dq = dq.to(type),
-          .dk = outgoing.select(0, 0).to(type),
-          .dv = outgoing.select(0, 1).to(type)};
+  return {.dq = dq.to(type), .dk = outgoing.k.to(type), .dv = outgoing.v.to(type)};
 }
 
 }  // namespace meshloom::parallel

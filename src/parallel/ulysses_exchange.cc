@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <utility>
 
@@ -36,6 +37,38 @@ struct UlyssesExchange::WholeDocuments {
 };
 
 namespace {
+
+/// Some heads of one tensor [T, heads, size], a part of each row of a message.
+struct HeadRange {
+  const at::Tensor& x;
+  std::int64_t begin;
+  std::int64_t count;
+  [[nodiscard]] std::int64_t width() const { return count * x.size(2); }
+};
+
+/// The message [T, sum of widths].
+at::Tensor packed(std::initializer_list<HeadRange> ranges) {
+  std::vector<at::Tensor> parts;
+  for (const HeadRange& range : ranges) {
+    parts.push_back(range.x.narrow(1, range.begin, range.count).flatten(1));
+  }
+  return at::cat(parts, 1);
+}
+
+/// Reads a message's columns one after another as heads.
+class Columns {
+ public:
+  explicit Columns(const at::Tensor& rows) : rows_(rows) {}
+  at::Tensor next(std::int64_t heads, std::int64_t size) {
+    const at::Tensor part = rows_.narrow(1, at_, heads * size).view({rows_.size(0), heads, size});
+    at_ += heads * size;
+    return part;
+  }
+
+ private:
+  const at::Tensor& rows_;
+  std::int64_t at_ = 0;
+};
 
 /// Each query head's own K/V head, where the heads of a member do not make up whole groups.
 at::Tensor expand(const at::Tensor& kv, const at::Tensor& head_of_query) {
@@ -146,18 +179,18 @@ model::AttentionOutput UlyssesExchange::forward(const at::Tensor& q, const at::T
                                                 const model::SequenceBatch& batch,
                                                 const model::AttentionOptions& options) {
   const std::int64_t dim = q.size(2);
+  const std::int64_t v_dim = v.size(2);
   const Heads own = heads_of(index_, q, k);
   const WholeDocuments& whole = whole_documents(batch, q.device());
+  const std::int64_t width = own.q() * dim + own.kv() * (dim + v_dim);
   std::vector<at::Tensor> to;
   std::vector<at::Tensor> from;
   for (int member = 0; member < degree(); ++member) {
     const Heads heads = heads_of(member, q, k);
-    to.push_back(
-        at::cat({q.narrow(1, heads.q_begin, heads.q()), k.narrow(1, heads.kv_begin, heads.kv()),
-                 v.narrow(1, heads.kv_begin, heads.kv())},
-                1));
-    from.push_back(at::empty(
-        {whole.rows[static_cast<std::size_t>(member)], own.q() + 2 * own.kv(), dim}, q.options()));
+    to.push_back(packed({{q, heads.q_begin, heads.q()},
+                         {k, heads.kv_begin, heads.kv()},
+                         {v, heads.kv_begin, heads.kv()}}));
+    from.push_back(at::empty({whole.rows[static_cast<std::size_t>(member)], width}, q.options()));
   }
   all_to_all(to, from);
 
@@ -166,13 +199,13 @@ model::AttentionOutput UlyssesExchange::forward(const at::Tensor& q, const at::T
       reads(own.q_begin, own.q_end, own.kv_begin, q.size(1) / k.size(1), q.device());
   model::AttentionOutput mine;
   if (own.q() > 0) {
-    mine = model::LocalAttention().forward(
-        all.narrow(1, 0, own.q()).contiguous(),
-        expand(all.narrow(1, own.q(), own.kv()), head_of_query).contiguous(),
-        expand(all.narrow(1, own.q() + own.kv(), own.kv()), head_of_query).contiguous(),
-        whole.batch, options);
+    Columns columns(all);
+    const at::Tensor queries = columns.next(own.q(), dim).contiguous();
+    const at::Tensor keys = expand(columns.next(own.kv(), dim), head_of_query).contiguous();
+    const at::Tensor values = expand(columns.next(own.kv(), v_dim), head_of_query).contiguous();
+    mine = model::LocalAttention().forward(queries, keys, values, whole.batch, options);
   } else {
-    mine.out = at::empty({all.size(0), 0, dim}, q.options());
+    mine.out = at::empty({all.size(0), 0, v_dim}, q.options());
     mine.lse = at::empty({0, all.size(0)}, q.options().dtype(detail::statistics_type(q)));
   }
 
@@ -183,7 +216,7 @@ model::AttentionOutput UlyssesExchange::forward(const at::Tensor& q, const at::T
   std::vector<at::Tensor> lse_from;
   for (int member = 0; member < degree(); ++member) {
     const Heads heads = heads_of(member, q, k);
-    out_from.push_back(at::empty({q.size(0), heads.q(), dim}, q.options()));
+    out_from.push_back(at::empty({q.size(0), heads.q(), v_dim}, q.options()));
     lse_from.push_back(at::empty({q.size(0), heads.q()}, mine.lse.options()));
   }
   all_to_all(outputs, out_from);
@@ -197,8 +230,10 @@ model::AttentionGradients UlyssesExchange::backward(const at::Tensor& dout, cons
                                                     const model::SequenceBatch& batch,
                                                     const model::AttentionOptions& options) {
   const std::int64_t dim = q.size(2);
+  const std::int64_t v_dim = v.size(2);
   const Heads own = heads_of(index_, q, k);
   const WholeDocuments& whole = whole_documents(batch, q.device());
+  const std::int64_t width = (own.q() + own.kv()) * (dim + v_dim);
   const auto statistics = q.options().dtype(detail::statistics_type(q));
   // log-sum-exp and delta travel as two more columns of their own tensor: they are wider than q
   const auto delta = model::attention_delta(dout, forward.out);
@@ -209,11 +244,11 @@ model::AttentionGradients UlyssesExchange::backward(const at::Tensor& dout, cons
   for (int member = 0; member < degree(); ++member) {
     const Heads heads = heads_of(member, q, k);
     const auto rows = whole.rows[static_cast<std::size_t>(member)];
-    to.push_back(
-        at::cat({q.narrow(1, heads.q_begin, heads.q()), dout.narrow(1, heads.q_begin, heads.q()),
-                 k.narrow(1, heads.kv_begin, heads.kv()), v.narrow(1, heads.kv_begin, heads.kv())},
-                1));
-    from.push_back(at::empty({rows, 2 * own.q() + 2 * own.kv(), dim}, q.options()));
+    to.push_back(packed({{q, heads.q_begin, heads.q()},
+                         {dout, heads.q_begin, heads.q()},
+                         {k, heads.kv_begin, heads.kv()},
+                         {v, heads.kv_begin, heads.kv()}}));
+    from.push_back(at::empty({rows, width}, q.options()));
     sums_to.push_back(at::cat({forward.lse.narrow(0, heads.q_begin, heads.q()),
                                delta.narrow(0, heads.q_begin, heads.q())},
                               0)
@@ -228,40 +263,42 @@ model::AttentionGradients UlyssesExchange::backward(const at::Tensor& dout, cons
   const auto sums = at::cat(sums_from).index_select(0, whole.by_document).transpose(0, 1);
   const auto head_of_query =
       reads(own.q_begin, own.q_end, own.kv_begin, q.size(1) / k.size(1), q.device());
-  const auto part = [&](std::int64_t begin, std::int64_t count) {
-    return all.narrow(1, begin, count).contiguous();
-  };
-  const auto keys = expand(part(2 * own.q(), own.kv()), head_of_query);
-  const auto values = expand(part(2 * own.q() + own.kv(), own.kv()), head_of_query);
+  Columns columns(all);
+  const at::Tensor queries = columns.next(own.q(), dim).contiguous();
+  const at::Tensor douts = columns.next(own.q(), v_dim).contiguous();
+  const at::Tensor keys = expand(columns.next(own.kv(), dim).contiguous(), head_of_query);
+  const at::Tensor values = expand(columns.next(own.kv(), v_dim).contiguous(), head_of_query);
   auto dq = at::zeros({all.size(0), own.q(), dim}, statistics);
   auto dk = at::zeros(keys.sizes(), statistics);
   auto dv = at::zeros(values.sizes(), statistics);
   if (own.q() > 0) {
     const auto blocks = detail::blocks_against(whole.batch, 1, 0, options.window);
-    model::attention_backward_(dq, dk, dv, part(own.q(), own.q()), part(0, own.q()), keys, values,
+    model::attention_backward_(dq, dk, dv, douts, queries, keys, values,
                                sums.narrow(0, 0, own.q()).contiguous(),
                                sums.narrow(0, own.q(), own.q()).contiguous(), blocks, options);
   }
 
-  const auto gradients =
-      at::cat({dq, fold(dk, head_of_query, own.kv()), fold(dv, head_of_query, own.kv())}, 1);
+  const auto gradients = packed({{dq, 0, own.q()},
+                                 {fold(dk, head_of_query, own.kv()), 0, own.kv()},
+                                 {fold(dv, head_of_query, own.kv()), 0, own.kv()}});
   const auto home = split_rows(gradients.index_select(0, whole.by_arrival), whole.rows);
   std::vector<at::Tensor> parts;
   for (int member = 0; member < degree(); ++member) {
     const Heads heads = heads_of(member, q, k);
-    parts.push_back(at::empty({q.size(0), heads.q() + 2 * heads.kv(), dim}, statistics));
+    parts.push_back(
+        at::empty({q.size(0), heads.q() * dim + heads.kv() * (dim + v_dim)}, statistics));
   }
   all_to_all(home, parts);
   std::vector<at::Tensor> dq_parts;
   auto dk_sum = at::zeros({k.size(0), k.size(1), dim}, statistics);
-  auto dv_sum = at::zeros({v.size(0), v.size(1), dim}, statistics);
+  auto dv_sum = at::zeros({v.size(0), v.size(1), v_dim}, statistics);
   for (int member = 0; member < degree(); ++member) {
     const Heads heads = heads_of(member, q, k);
     const auto& received = parts[static_cast<std::size_t>(member)];
-    dq_parts.push_back(received.narrow(1, 0, heads.q()));
-    dk_sum.narrow(1, heads.kv_begin, heads.kv()).add_(received.narrow(1, heads.q(), heads.kv()));
-    dv_sum.narrow(1, heads.kv_begin, heads.kv())
-        .add_(received.narrow(1, heads.q() + heads.kv(), heads.kv()));
+    Columns home_columns(received);
+    dq_parts.push_back(home_columns.next(heads.q(), dim));
+    dk_sum.narrow(1, heads.kv_begin, heads.kv()).add_(home_columns.next(heads.kv(), dim));
+    dv_sum.narrow(1, heads.kv_begin, heads.kv()).add_(home_columns.next(heads.kv(), v_dim));
   }
   const auto type = q.scalar_type();
   return {.dq = at::cat(dq_parts, 1).to(type), .dk = dk_sum.to(type), .dv = dv_sum.to(type)};

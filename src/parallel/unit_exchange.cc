@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "meshloom/core/check.h"
 #include "meshloom/plan/slicing.h"
@@ -55,6 +56,21 @@ std::vector<model::AttentionBlock> blocks_against(const model::SequenceBatch& ba
     for (const auto& key : keys) k_row += key.size();
   }
   return blocks;
+}
+
+std::int64_t key_value_elements(std::int64_t rows, const at::Tensor& k, const at::Tensor& v) {
+  return rows * k.size(1) * (k.size(2) + v.size(2));
+}
+
+KeyValues key_values_in(at::Tensor buffer, std::int64_t rows, const at::Tensor& k,
+                        const at::Tensor& v) {
+  const std::int64_t keys = rows * k.size(1) * k.size(2);
+  const std::int64_t values = rows * v.size(1) * v.size(2);
+  KeyValues result;
+  result.k = buffer.narrow(0, 0, keys).view({rows, k.size(1), k.size(2)});
+  result.v = buffer.narrow(0, keys, values).view({rows, v.size(1), v.size(2)});
+  result.both = std::move(buffer);
+  return result;
 }
 
 at::ScalarType statistics_type(const at::Tensor& x) {

@@ -1,5 +1,6 @@
 #include "meshloom/train/adamw.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -80,7 +81,7 @@ AdamW::AdamW(const model::ParameterTable& table, const std::vector<ParameterSett
     const ParameterSetting& setting = *found->second;
     const Segment segment{std::max(spec.offset, range.begin) - range.begin,
                           std::min(spec.offset + spec.elements(), range.end) - range.begin};
-    if (setting.frozen || segment.end <= segment.begin) continue;
+    if (setting.frozen || spec.counts_choices || segment.end <= segment.begin) continue;
     auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& candidate) {
       return candidate.lr_factor == setting.lr_factor &&
              candidate.weight_decay == setting.weight_decay;
@@ -109,6 +110,25 @@ double AdamW::squared_norm(const at::Tensor& gradient) const {
     }
   }
   return total.item<double>();
+}
+
+void move_correction_biases_(at::Tensor& master, const at::Tensor& counts,
+                             const model::ParameterTable& table, parallel::FlatRange range,
+                             const std::vector<ParameterSetting>& settings, double mean,
+                             double speed) {
+  MESHLOOM_CHECK_EQ(master.numel(), range.size(), "train.move_correction_biases", "elements");
+  MESHLOOM_CHECK_EQ(counts.numel(), range.size(), "train.move_correction_biases", "counts");
+  for (const model::ParameterSpec& spec : table.parameters) {
+    if (!spec.counts_choices) continue;
+    const std::int64_t begin = std::max(spec.offset, range.begin) - range.begin;
+    const std::int64_t end = std::min(spec.offset + spec.elements(), range.end) - range.begin;
+    if (end <= begin) continue;
+    const auto setting = std::find_if(settings.begin(), settings.end(),
+                                      [&](const auto& s) { return s.name == spec.name; });
+    if (setting != settings.end() && setting->frozen) continue;
+    at::Tensor part = master.narrow(0, begin, end - begin);
+    part.add_((mean - counts.narrow(0, begin, end - begin)).sign(), speed);
+  }
 }
 
 void AdamW::step(at::Tensor& gradient, double factor, double scale) {

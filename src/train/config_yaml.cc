@@ -104,6 +104,7 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("cost", config.cost);
   visit("aux_loss_coefficient", config.aux_loss_coefficient);
   visit("aux_loss", config.aux_loss);
+  visit("bias_update_speed", config.bias_update_speed);
   visit("z_loss_coefficient", config.z_loss_coefficient);
   visit("clip_norm", config.clip_norm);
   visit("nan_policy", config.nan_policy);

@@ -23,7 +23,7 @@ namespace {
 constexpr const char* kStateWhere = "train.trainer";
 
 /// Work of the model itself, in units of its attention: per layer a causal token pair costs
-/// 2 heads * head_dim operations, a token 2 per parameter that it meets.
+/// heads * (head_dim + value_dim) operations, a token 2 per parameter that it meets.
 CostModel model_cost(const model::ModelConfig& model) {
   const auto inactive = [&] {
     std::int64_t result = 0;
@@ -36,7 +36,7 @@ CostModel model_cost(const model::ModelConfig& model) {
   }();
   const std::int64_t lookup = model.tie_word_embeddings ? 0 : model.vocab_size * model.hidden_size;
   const std::int64_t active = model.parameter_count() - inactive - lookup;
-  const std::int64_t pairs = model.layers * model.heads * model.head_dim;
+  const std::int64_t pairs = model.layers * model.heads * (model.head_dim + model.value_dim()) / 2;
   return {
       .quadratic = 1.0,
       .linear = static_cast<double>(active) / static_cast<double>(std::max<std::int64_t>(1, pairs)),
@@ -156,11 +156,10 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
       model::load_pretrained(config_.model.path, model_, table, values);
     }
   });
-  const std::vector<ParameterSetting> settings =
-      parameter_settings(model::parameter_table(model_, {0, model_.layers}, true, true),
-                         config_.optimizer, config_.rules);
+  settings_ = parameter_settings(model::parameter_table(model_, {0, model_.layers}, true, true),
+                                 config_.optimizer, config_.rules);
   for (const parallel::ModelState::Part& part : state_->parts()) {
-    optimizers_.emplace_back(part.space.table(), settings, part.space.own_range(),
+    optimizers_.emplace_back(part.space.table(), settings_, part.space.own_range(),
                              part.space.master(), config_.optimizer);
   }
   const double coefficient = config_.aux_loss_coefficient < 0.0 ? model_.moe.aux_loss_coefficient
@@ -169,6 +168,23 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
     throw InvalidArgument(kStateWhere,
                           fmt::format("aux_loss_coefficient is {}, but the {} model has no experts",
                                       config_.aux_loss_coefficient, model_.model_type));
+  }
+  constexpr double kBiasUpdateSpeed = 0.001;  // DeepSeek-V3's
+  bias_update_speed_ = config_.bias_update_speed;
+  if (bias_update_speed_ < 0.0) {
+    bias_update_speed_ = model_.moe.correction_bias ? kBiasUpdateSpeed : 0.0;
+  } else if (bias_update_speed_ > 0.0 && !model_.moe.correction_bias) {
+    throw InvalidArgument(
+        kStateWhere, fmt::format("bias_update_speed is {}, but the routers of the {} model have no "
+                                 "correction bias",
+                                 bias_update_speed_, model_.model_type));
+  }
+  if (config_.z_loss_coefficient > 0.0 && model_.moe.experts > 0 &&
+      model_.moe.score == model::RouterScore::kSigmoid) {
+    throw NotSupported(kStateWhere,
+                       fmt::format("z_loss_coefficient is {}: a z-loss with the {} model's sigmoid "
+                                   "scores is not built",
+                                   config_.z_loss_coefficient, model_.model_type));
   }
   if (model_.moe.experts > 0 && coefficient > 0.0) {
     balance_ = model::make_balance_loss(config_.aux_loss, coefficient, model_);

@@ -136,8 +136,17 @@ void Trainer::Impl::update(Update& result) {
   const double clip = config_.clip_norm;
   const bool clips = clip > 0.0 && result.norm + kClipEpsilon > clip;
   const double scale = clips ? clip / (result.norm + kClipEpsilon) : 1.0;
+  const double choices = static_cast<double>(last_plan_.total_tokens()) *
+                         static_cast<double>(model_.moe.experts_per_token);
   for (std::size_t i = 0; i < optimizers_.size(); ++i) {
-    at::Tensor gradient = state_->parts()[i].space.shard_gradient();
+    const parallel::ShardedSpace& space = state_->parts()[i].space;
+    at::Tensor gradient = space.shard_gradient();
+    if (bias_update_speed_ > 0.0) {
+      at::Tensor master = space.master();
+      move_correction_biases_(master, gradient, space.table(), space.own_range(), settings_,
+                              choices / static_cast<double>(model_.moe.experts),
+                              bias_update_speed_);
+    }
     optimizers_[i].step(gradient, factor, scale);
   }
 }

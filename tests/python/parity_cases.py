@@ -33,6 +33,21 @@ YARN_ROPE = {
 }
 MOE = dict(moe_intermediate_size=11, num_experts=5, num_experts_per_tok=2)
 
+DEEPSEEK = dict(
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    moe_intermediate_size=11,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    q_lora_rank=10,
+    kv_lora_rank=14,
+    qk_nope_head_dim=7,
+    qk_rope_head_dim=6,
+    v_head_dim=9,
+)
+
 CASES = {
     "llama": ("llama", {}),
     "llama_heads_of_their_own": ("llama", dict(num_key_value_heads=6)),
@@ -86,6 +101,22 @@ CASES = {
             sliding_window=5, rope_parameters=YARN_ROPE,
         ),
     ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "deepseek_v3_plain_queries": (
+        "deepseek_v3",
+        DEEPSEEK | dict(
+            q_lora_rank=None, rope_interleave=False, n_shared_experts=2, norm_topk_prob=False,
+        ),
+    ),
+    "deepseek_v3_biased_yarn": (
+        "deepseek_v3",
+        DEEPSEEK | dict(
+            num_hidden_layers=2, first_k_dense_replace=0, attention_bias=True, n_group=1,
+            num_experts_per_tok=5,
+            topk_group=1, routed_scaling_factor=0.7, tie_word_embeddings=True,
+            rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        ),
+    ),
 }
 
 
@@ -100,4 +131,7 @@ def settings_of(case: str) -> tuple[str, dict]:
     settings = BASE | settings
     if family == "qwen2":
         del settings["head_dim"]  # transformers' Qwen2 knows none
+    if family == "deepseek_v3":
+        del settings["head_dim"], settings["num_key_value_heads"]  # a key for each head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     return family, settings

@@ -71,7 +71,8 @@ def test_files_without_tensors_or_metadata(tmp_path):
 FOLDERS = [
     "llama_biases", "llama_tied", "llama_rope_llama3", "llama_rope_yarn_scales", "mistral",
     "qwen2_windows", "qwen3_windows", "mixtral", "qwen3_moe_dense_layers",
-    "qwen3_moe_tied_biased_windowed",
+    "qwen3_moe_tied_biased_windowed", "deepseek_v3", "deepseek_v3_plain_queries",
+    "deepseek_v3_biased_yarn",
 ]
 
 
@@ -82,7 +83,7 @@ def assert_same_model(folder, model) -> None:
     assert not any(report.values()), report
     state = loaded.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(state[name], tensor), name
+        assert torch.equal(state[name].to(tensor.dtype), tensor), name
     tokens = torch.arange(40)[None] % model.config.vocab_size
     with torch.no_grad(), oracle.everything_fp64():
         # The same weights in the same model; and the config says the same.
@@ -113,12 +114,13 @@ def test_transformers_opens_what_we_save(case, shard_bytes, tmp_path):
 SIZES = dict(
     vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=3, num_attention_heads=32
 )
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3"]
 # Not ours to keep: what transformers says of itself, and keys that change no training step.
 IGNORED = {
     "_name_or_path", "architectures", "dtype", "transformers_version", "pretraining_tp",
     "max_window_layers",  # layer_types says it
     "decoder_sparse_step", "mlp_only_layers",  # compared as layers below
+    "num_nextn_predict_layers",  # no part of the model, and not saved with it
 }
 
 
@@ -153,12 +155,15 @@ def through_us(config: dict, folder) -> dict:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_defaults_are_transformers(family, tmp_path):
     """A config that leaves out what may be left out, and one that spells everything out."""
-    full = AutoConfig.for_model(family, **SIZES).to_dict()
+    # Latent attention has a key for each head; transformers' default is of the whole model.
+    sizes = SIZES | ({"num_attention_heads": 128} if family == "deepseek_v3" else {})
+    full = AutoConfig.for_model(family, **sizes).to_dict()
     required = {
         "mixtral": ["num_local_experts", "num_experts_per_tok"],
         "qwen3_moe": ["num_local_experts", "num_experts_per_tok", "moe_intermediate_size"],
+        "deepseek_v3": ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"],
     }
-    sparse = {"model_type": family} | SIZES | {k: full[k] for k in required.get(family, [])}
+    sparse = {"model_type": family} | sizes | {k: full[k] for k in required.get(family, [])}
     # Ours carries no default for what no step depends on.
     for name, config in (("full", full), ("sparse", sparse)):
         ours = through_us(config, tmp_path / name)

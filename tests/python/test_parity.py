@@ -31,7 +31,10 @@ BALANCE_FORMS = {
     "sequence": oracle.sequence_balance,
     "global_lagged": oracle.lagged_balance,
 }
-SINGLE = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama_rope_yarn_scales"]
+SINGLE = [
+    "llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "llama_rope_yarn_scales",
+    "deepseek_v3", "deepseek_v3_biased_yarn",
+]
 # No routing among these that rounding could flip: dense, or every expert chosen.
 HALF = ["llama_tied", "qwen2", "qwen3_windows", "mixtral_windows"]
 
@@ -110,6 +113,19 @@ def test_balance_and_z_losses_are_the_written_out_ones(case, form, tmp_path):
     steps = 2 if form == "global_lagged" else 1
     out = tmp_path / "ours.safetensors"
     mine = ours(tmp_path / "model", documents, out, balance_form=form, steps=steps, **weights)
+    compare(loss, oracle.checkpoint_gradients(model, tmp_path / "gradients"), mine)
+
+
+def test_sequence_balance_of_sigmoid_routers_is_deepseeks(tmp_path):
+    family, settings = settings_of("deepseek_v3")
+    model = oracle.make_model(family, **settings)
+    model.save_pretrained(tmp_path / "model")
+    documents = oracle.random_documents(LENGTHS, VOCABULARY)
+    loss, model = oracle.gradients(
+        model, documents, balance=0.3, balance_loss=oracle.deepseek_sequence_balance
+    )
+    out = tmp_path / "ours.safetensors"
+    mine = ours(tmp_path / "model", documents, out, balance_form="sequence", balance=0.3)
     compare(loss, oracle.checkpoint_gradients(model, tmp_path / "gradients"), mine)
 
 

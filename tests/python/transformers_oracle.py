@@ -42,7 +42,30 @@ def make_model(model_type: str, seed: int = 0, **settings):
                 parameter.copy_(1.0 + 0.2 * noise)
             else:
                 parameter.copy_(0.08 * noise)
+        for router in biased_routers(model):
+            # As far apart as the scores are, so that it decides some choices and not all.
+            bias = router.e_score_correction_bias
+            bias.copy_(0.03 * torch.randn(bias.shape))  # fp32, in which transformers loads it
     return model
+
+
+def biased_routers(model) -> list:
+    return [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+
+
+@contextlib.contextmanager
+def recorded_routing(model):
+    """Yields the list to which every biased router adds (logits, chosen experts) as it runs."""
+    record = []
+    hooks = [
+        router.register_forward_hook(lambda _, __, out: record.append((out[0], out[2])))
+        for router in biased_routers(model)
+    ]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _refresh_rotary(model) -> None:
@@ -101,6 +124,24 @@ def lagged_balance(model, router_logits: list[tuple]) -> torch.Tensor:
     return total / len(layers)
 
 
+def deepseek_sequence_balance(model, routing: list[list[tuple]]) -> torch.Tensor:
+    """DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17 to 20), as the mean over layers and
+    over documents weighted by their tokens. Choices are those of the biased router."""
+    total = 0.0
+    tokens = 0
+    for layers in routing:  # of one document
+        length = len(layers[0][0])
+        tokens += length
+        for logits, chosen in layers:
+            scores = logits.sigmoid()
+            experts, k = logits.shape[-1], chosen.shape[-1]
+            counts = torch.bincount(chosen.flatten(), minlength=experts).to(logits.dtype)
+            frequency = counts * experts / (k * length)
+            mean = (scores / scores.sum(-1, keepdim=True)).mean(0)
+            total = total + length * (frequency * mean).sum() / len(layers)
+    return total / tokens
+
+
 def gradients(
     model,
     documents: list[dict],
@@ -119,13 +160,18 @@ def gradients(
     targets = 0
     router_logits = []
     tokens_of_step = sum(len(document["tokens"]) for document in documents)
-    with everything_fp64() if fp64 else contextlib.nullcontext():
+    routers = biased_routers(model)
+    for router in routers:
+        router.choices = torch.zeros_like(router.e_score_correction_bias)
+    precision = everything_fp64() if fp64 else contextlib.nullcontext()
+    with precision, recorded_routing(model) as record:
         if fp64:
             _refresh_rotary(model)
         for document in documents:
             tokens = torch.tensor(document["tokens"])[None]
             mask = document.get("loss_mask", [1] * len(document["tokens"]))
-            extra = {"output_router_logits": True} if balance or z_loss else {}
+            extra = {"output_router_logits": True} if (balance or z_loss) and not routers else {}
+            record.clear()
             output = model(tokens, use_cache=False, **extra)
             labels = tokens[0, 1:].clone()
             labels[torch.tensor(mask[1:], dtype=torch.long) == 0] = -100
@@ -136,6 +182,10 @@ def gradients(
                 )
             if extra:
                 router_logits.append(output.router_logits)
+            for router, (_, chosen) in zip(routers, record, strict=True):
+                router.choices += torch.bincount(chosen.flatten(), minlength=len(router.choices))
+            if routers:
+                router_logits.append(list(record))
         loss = total / targets
         if balance:
             loss = loss + balance * balance_loss(model, router_logits)
@@ -156,10 +206,15 @@ def load_model(folder: Path, dtype: torch.dtype):
 
 
 def checkpoint_gradients(model, folder: Path) -> dict[str, torch.Tensor]:
-    """The gradients under the checkpoint's names: saved as if they were the weights."""
+    """The gradients under the checkpoint's names: saved as if they were the weights.
+
+    A correction bias has none; under its name stands how often each expert was chosen.
+    """
     from safetensors.torch import load_file
 
     with torch.no_grad():
+        for router in biased_routers(model):
+            router.e_score_correction_bias.copy_(router.choices)
         for parameter in model.parameters():
             parameter.copy_(
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

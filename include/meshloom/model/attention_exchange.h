@@ -15,14 +15,14 @@ struct AttentionOptions {
 };
 
 struct AttentionOutput {
-  at::Tensor out;  ///< [T, Hq, D], dtype of q
+  at::Tensor out;  ///< [T, Hq, Dv], dtype of q
   at::Tensor lse;  ///< [Hq, T], natural log of the sum of exp, fp32 (fp64 for fp64 inputs)
 };
 
 struct AttentionGradients {
   at::Tensor dq;  ///< [T, Hq, D]
   at::Tensor dk;  ///< [T, Hkv, D]
-  at::Tensor dv;  ///< [T, Hkv, D]
+  at::Tensor dv;  ///< [T, Hkv, Dv]
 };
 
 /// Causal attention of a batch whose documents may be spread over the ranks of a unit. The seam
@@ -32,7 +32,8 @@ class MESHLOOM_API AttentionExchange {
  public:
   virtual ~AttentionExchange();
 
-  /// @param q  [T, Hq, D] @param k, v  [T, Hkv, D], Hkv divides Hq; last two dims contiguous.
+  /// @param q  [T, Hq, D] @param k  [T, Hkv, D] @param v  [T, Hkv, Dv], Hkv divides Hq; any row and
+  ///   head stride, the last dimension contiguous.
   virtual AttentionOutput forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const SequenceBatch& batch, const AttentionOptions& options) = 0;
 

@@ -25,10 +25,11 @@ struct AttentionBlock {
 
 /// Attends over `blocks` and merges the result into (out, lse) by log-sum-exp: the state after the
 /// call is attention over all keys seen by this and earlier calls. `accumulator` is the running
-/// output, [T, Hq, D] in the dtype of lse; rows that have seen no key have lse = -inf and output 0.
-/// Blocks of one call with the same query rows are merged in list order, so the result does not
+/// output, [T, Hq, Dv] in the dtype of lse; rows that have seen no key have lse = -inf and output
+/// 0. Blocks of one call with the same query rows are merged in list order, so the result does not
 /// depend on the number of threads.
-/// @param q  [T, Hq, D] @param k, v  [S, Hkv, D]; any row stride, last two dims contiguous.
+/// @param q  [T, Hq, D] @param k  [S, Hkv, D] @param v  [S, Hkv, Dv]; any row and head stride, the
+/// last dimension contiguous.
 MESHLOOM_API void attention_forward_(at::Tensor& accumulator, at::Tensor& lse, const at::Tensor& q,
                                      const at::Tensor& k, const at::Tensor& v,
                                      std::span<const AttentionBlock> blocks,

@@ -105,6 +105,8 @@ class MESHLOOM_API SequenceBalance final : public BalanceLoss {
 };
 
 /// @param form  "none" (gives null), "global_lagged", "sequence" or "global"
+/// With sigmoid scores the probabilities are scores over their sum and the coefficient is
+/// DeepSeek's, for which perfect balance is 1: k times smaller than above.
 /// @throws InvalidArgument  another name; a dense model with a form other than none.
 [[nodiscard]] MESHLOOM_API std::unique_ptr<BalanceLoss> make_balance_loss(
     const std::string& form, double coefficient, const ModelConfig& config);

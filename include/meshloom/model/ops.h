@@ -111,6 +111,12 @@ MESHLOOM_API void rope_(at::Tensor& qkv, const QkvLayout& layout, const RopeTabl
                                                     const at::Tensor& dv, const RopeTables& tables,
                                                     at::ScalarType dtype);
 
+/// Rotates every head of x [T, H, R] in place by tables of R / 2: number i with number i + R / 2,
+/// or neighbours (2i, 2i + 1) where `interleaved`. `back` turns the other way round, which takes a
+/// gradient home. @param x  any row and head stride.
+MESHLOOM_API void rotate_(at::Tensor& x, const RopeTables& tables, bool interleaved,
+                          bool back = false);
+
 struct QkOutput {
   at::Tensor q;  ///< [T, Hq, D]
   at::Tensor k;  ///< [T, Hkv, D]
@@ -150,25 +156,41 @@ MESHLOOM_API at::Tensor swiglu_backward_(at::Tensor& dy, at::Tensor& gate_up,
 
 struct RouterOptions {
   std::int64_t top_k = 1;
-  bool normalize = true;  ///< chosen weights sum to one
+  bool normalize = true;  ///< chosen weights sum to `scale`
   RouterScore score = RouterScore::kSoftmax;
+  double scale = 1.0;  ///< of the weights
+  /// Experts come in `groups` of neighbours. With more than one, a token chooses among those of the
+  /// `top_groups` groups whose two best experts have the largest sum.
+  std::int64_t groups = 1;
+  std::int64_t top_groups = 1;
 };
 
 struct RouterOutput {
-  at::Tensor probabilities;  ///< [T, E], stat
+  at::Tensor probabilities;  ///< [T, E], stat: the scores, whose rows sum to one with softmax only
   at::Tensor weights;        ///< [T, k], stat
-  at::Tensor experts;        ///< int64 [T, k], by falling probability, ties to the lower index
-  at::Tensor lse;            ///< [T], stat: logsumexp of the logits
-  double z_sum = 0.0;        ///< sum of lse^2
+  at::Tensor experts;  ///< int64 [T, k], by falling probability + bias, ties to the lower index
+  at::Tensor lse;      ///< [T], stat: logsumexp of the logits
+  double z_sum = 0.0;  ///< sum of lse^2
 };
 
-/// @param logits [T, E].
+/// @param logits [T, E]
+/// @param bias   [E] or undefined: added to the probabilities for the choice alone; weights are
+///   those of the probabilities themselves, and no gradient flows into it
+/// @throws InvalidArgument  groups that do not divide the experts, or hold fewer than two each;
+///   fewer experts in the chosen groups than top_k.
 [[nodiscard]] MESHLOOM_API RouterOutput route(const at::Tensor& logits,
-                                              const RouterOptions& options);
+                                              const RouterOptions& options,
+                                              const at::Tensor& bias = {});
+
+/// The probabilities, each row divided by its sum where scores are sigmoid: what balance losses are
+/// made of. @returns [T, E], stat.
+[[nodiscard]] MESHLOOM_API at::Tensor normalized_probabilities(const RouterOutput& forward,
+                                                               const RouterOptions& options);
 
 /// @param dweights  [T, k] @param forward  what route returned
-/// @param dprobabilities  further gradient of the probabilities: undefined, [1, E], or [G, E] with
-///   group_rows [G]: row g is that of each of the next group_rows[g] tokens (a document slice)
+/// @param dprobabilities  further gradient of the normalised probabilities: undefined, [1, E], or
+///   [G, E] with group_rows [G]: row g is that of each of the next group_rows[g] tokens (a document
+///   slice)
 /// @param z_weight  gradient of the loss by z_sum; 0 for none
 /// @returns dlogits [T, E], in `dtype`.
 /// @throws NotSupported  a z-loss with sigmoid scores.

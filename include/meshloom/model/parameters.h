@@ -32,6 +32,9 @@ struct MESHLOOM_API ParameterSpec {
   std::int64_t expert = -1;  ///< which routed expert it belongs to; -1: none
   std::int64_t layer = -1;   ///< decoder layer; -1: embedding; config.layers: final norm and head
   int copies = 1;            ///< neighbours in the tensor-parallel group that hold the same box
+  /// A router's correction bias: no gradient flows into it. What backward adds to its gradient is
+  /// how often each expert was chosen, and whoever optimises balances the experts by that.
+  bool counts_choices = false;
   [[nodiscard]] std::int64_t elements() const;
   /// Shape of the checkpoint's tensor.
   [[nodiscard]] const std::vector<std::int64_t>& whole_shape() const {
@@ -66,8 +69,10 @@ struct MESHLOOM_API ParameterTable {
 
 /// The parameters of layers [first, last) with the embedding, the head and the final norm where
 /// asked. In flat order: embedding; per layer input norm, q k v weights, q k v biases, q and k
-/// norms, output projection, post-attention norm, then gate, up, down, or the router and all
-/// experts' (gate, up) and all experts' down; final norm; head. Names are the Hub checkpoints':
+/// norms, output projection (latent attention: the projections to the latents, their biases and
+/// norms, the projections from them, output projection), post-attention norm, then gate, up, down,
+/// or the router, its correction bias, the shared expert, all experts' (gate, up) and all experts'
+/// down; final norm; head. Names are the Hub checkpoints':
 /// experts one by one. With tied embeddings the head is the embedding's tensor.
 /// With a tensor shard: q, k, v by whole heads, gate and up by features, output and down
 /// projections by input features, embedding and head by vocabulary; all other parameters are whole

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "meshloom/core/export.h"
@@ -30,6 +31,10 @@ struct DispatchGradients {
   at::Tensor weights;  ///< [T, k]
 };
 
+/// A result that may still be on its way: called once, it waits for it.
+template <class Result>
+using Arrival = std::function<Result()>;
+
 /// Brings tokens to their experts and results back; dropless. The default is a single rank that
 /// holds all experts. An instance belongs to one micro-batch; its ranks call it in the same order.
 /// Experts' outputs are never saved: since a row's weight w scales y = act W^T, the gradient of w
@@ -42,6 +47,10 @@ class MESHLOOM_API TokenDispatcher {
   /// @param experts  int64 [T, k], chosen experts of each token
   virtual DispatchedTokens dispatch(const at::Tensor& x, const at::Tensor& experts,
                                     std::int64_t expert_count) = 0;
+  /// Starts `dispatch` and returns while rows travel. The arguments stay as they are until the
+  /// arrival. By default the result is there at once.
+  virtual Arrival<DispatchedTokens> begin_dispatch(const at::Tensor& x, const at::Tensor& experts,
+                                                   std::int64_t expert_count);
   /// Whether backward wants DispatchedTokens::rows saved (they came over the network). If not, it
   /// asks `rows_again`.
   [[nodiscard]] virtual bool keeps_rows() const = 0;
@@ -55,6 +64,10 @@ class MESHLOOM_API TokenDispatcher {
   /// @param dout  [T, hidden]
   virtual CombineGradients combine_backward(const at::Tensor& dout, const DispatchedTokens& routing,
                                             const at::Tensor& weights) = 0;
+  /// Starts `combine_backward`, likewise.
+  virtual Arrival<CombineGradients> begin_combine_backward(const at::Tensor& dout,
+                                                           const DispatchedTokens& routing,
+                                                           const at::Tensor& weights);
   /// @param drows  [R, hidden] @param dweights  [R], of the router's weights
   virtual DispatchGradients dispatch_backward(const at::Tensor& drows, const at::Tensor& dweights,
                                               const DispatchedTokens& routing, std::int64_t tokens,

@@ -29,6 +29,10 @@ class MESHLOOM_API ExpertDispatcher final : public model::TokenDispatcher {
 
   model::DispatchedTokens dispatch(const at::Tensor& x, const at::Tensor& experts,
                                    std::int64_t expert_count) override;
+  /// Sizes are exchanged before it returns.
+  model::Arrival<model::DispatchedTokens> begin_dispatch(const at::Tensor& x,
+                                                         const at::Tensor& experts,
+                                                         std::int64_t expert_count) override;
   [[nodiscard]] bool keeps_rows() const override { return true; }
   /// @throws NotSupported  rows came over the network and are saved instead.
   at::Tensor rows_again(const at::Tensor& x, const model::DispatchedTokens& routing,
@@ -38,6 +42,9 @@ class MESHLOOM_API ExpertDispatcher final : public model::TokenDispatcher {
   model::CombineGradients combine_backward(const at::Tensor& dout,
                                            const model::DispatchedTokens& routing,
                                            const at::Tensor& weights) override;
+  model::Arrival<model::CombineGradients> begin_combine_backward(
+      const at::Tensor& dout, const model::DispatchedTokens& routing,
+      const at::Tensor& weights) override;
   model::DispatchGradients dispatch_backward(const at::Tensor& drows, const at::Tensor& dweights,
                                              const model::DispatchedTokens& routing,
                                              std::int64_t tokens,

@@ -13,6 +13,9 @@
 #include "meshloom/parallel/span.h"
 
 namespace meshloom::parallel {
+namespace detail {
+struct KeyValues;
+}
 
 /// Transfer buffers that exchanges of one rank take turns with, so that a steady state allocates
 /// nothing: each grows to the largest use and stays. Not thread safe.
@@ -52,8 +55,11 @@ class MESHLOOM_API RingExchange final : public model::AttentionExchange {
 
  private:
   [[nodiscard]] int degree() const { return static_cast<int>(ranks_.size()); }
+  /// Keys and values of some rows in a buffer. @param k, v  with heads of the same sizes
+  [[nodiscard]] detail::KeyValues take(std::size_t buffer, std::int64_t rows, const at::Tensor& k,
+                                       const at::Tensor& v, const at::TensorOptions& options);
   /// Own keys and values in the first block buffer.
-  at::Tensor pack(const at::Tensor& k, const at::Tensor& v);
+  [[nodiscard]] detail::KeyValues pack(const at::Tensor& k, const at::Tensor& v);
 
   comm::Communicator hdp_;
   std::vector<int> ranks_;

@@ -29,9 +29,21 @@ struct ParameterSetting {
     const model::ParameterTable& table, const AdamWOptions& options,
     const std::vector<ParameterRule>& rules);
 
+/// Balances experts without a loss (arXiv 2408.15664): every correction bias in the range moves by
+/// `speed`, up where its expert was chosen less often than the mean, down where more often. Element
+/// by element, so any sharding gives the same update. Those that `settings` freeze stay.
+/// @param master  [range.size()] @param counts  [range.size()]: the summed gradient, whose elements
+///   of a correction bias are its expert's choices in the step @param mean  choices per expert
+MESHLOOM_API void move_correction_biases_(at::Tensor& master, const at::Tensor& counts,
+                                          const model::ParameterTable& table,
+                                          parallel::FlatRange range,
+                                          const std::vector<ParameterSetting>& settings,
+                                          double mean, double speed);
+
 /// AdamW on one rank's range of the flat parameter space. Element-wise, so any sharding gives the
 /// same update (to rounding of the vectorised kernel). Moments start at zero, in the master's
-/// dtype. Not collective; not thread safe.
+/// dtype. Correction biases are not its to move: gradients do not reach them.
+/// Not collective; not thread safe.
 class MESHLOOM_API AdamW {
  public:
   /// @param range   own part of the flat space

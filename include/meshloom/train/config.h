@@ -94,6 +94,8 @@ struct MESHLOOM_API TrainConfig {
   std::optional<CostModel> cost;           ///< absent: measured while training
   double aux_loss_coefficient = -1.0;      ///< negative: the model config's
   std::string aux_loss = "global_lagged";  ///< none, sequence, global_lagged, global
+  /// How far correction biases of routers move a step; negative: 0.001 where the model has them.
+  double bias_update_speed = -1.0;
   double z_loss_coefficient = 0.0;
   double clip_norm = 1.0;           ///< 0: none
   std::string nan_policy = "stop";  ///< stop, skip

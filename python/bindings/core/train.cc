@@ -121,6 +121,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("cost", &TrainConfig::cost)
       .def_readwrite("aux_loss", &TrainConfig::aux_loss)
       .def_readwrite("aux_loss_coefficient", &TrainConfig::aux_loss_coefficient)
+      .def_readwrite("bias_update_speed", &TrainConfig::bias_update_speed)
       .def_readwrite("z_loss_coefficient", &TrainConfig::z_loss_coefficient)
       .def_readwrite("clip_norm", &TrainConfig::clip_norm)
       .def_readwrite("nan_policy", &TrainConfig::nan_policy)

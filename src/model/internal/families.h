@@ -22,6 +22,8 @@ struct Family {
   bool layer_types_key;  ///< windows differ by layer
   bool moe;
   std::int64_t default_window;  ///< 0: none
+  bool window_key;              ///< sliding_window means something
+  bool latent_attention;        ///< and experts in groups with shared ones
 };
 
 /// @throws NotSupported  not one of ours; lists those that are.

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "meshloom/model/ops.h"
@@ -79,9 +80,54 @@ class AttentionLayer {
   ParameterHandle k_norm_;
 };
 
+/// Multi-head latent attention. Keys and values are made from their latents when they are needed
+/// and never saved, nor are queries that have a latent of their own.
+class LatentAttentionLayer {
+ public:
+  LatentAttentionLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer);
+  at::Tensor forward(Pass& pass, const at::Tensor& x) const;
+  at::Tensor backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const;
+
+ private:
+  /// What the latents make, and the norms on the way, for their gradients.
+  struct Queries {
+    ops::NormOutput normed;  ///< of the latent; undefined without one
+    at::Tensor q;            ///< [T, heads, qk], rotated
+  };
+  struct Keys {
+    ops::NormOutput normed;
+    at::Tensor k;  ///< [T, heads, qk]
+    at::Tensor v;  ///< [T, heads, v]
+  };
+  /// @param x  the stream, for queries without a latent.
+  Queries queries(const Pass& pass, const at::Tensor& latents, const at::Tensor& x) const;
+  Keys keys(const Pass& pass, const at::Tensor& latents) const;
+  void rotate(const Pass& pass, at::Tensor part, bool back) const;
+  /// Gradients of the projections from the latents, and of the latents. @returns dx, undefined
+  /// where queries have a latent.
+  at::Tensor queries_backward(const Pass& pass, const at::Tensor& dq, const Queries& queries,
+                              const at::Tensor& latents, const at::Tensor& x,
+                              const at::Tensor& dlatents) const;
+  void keys_backward(const Pass& pass, const at::Tensor& dk, const at::Tensor& dv, const Keys& keys,
+                     const at::Tensor& latents, const at::Tensor& dlatents) const;
+
+  std::int64_t heads_;
+  LatentAttentionConfig sizes_;
+  AttentionOptions options_;
+  LinearHandles down_;  ///< to the latents of queries and of keys, and the shared part of keys
+  ParameterHandle q_norm_;
+  ParameterHandle kv_norm_;
+  LinearHandles queries_;
+  LinearHandles keys_;  ///< and values
+  LinearHandles output_;
+};
+
 class DenseLayer {
  public:
   DenseLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer);
+  /// The MLP whose parameters begin with `prefix`. @param inner  its intermediate size.
+  DenseLayer(const ParameterTable& table, const std::string& prefix, std::int64_t hidden,
+             std::int64_t inner, bool biased);
   at::Tensor forward(Pass& pass, const at::Tensor& x) const;
   at::Tensor backward(Pass& pass, const at::Tensor& dy, const at::Tensor& x) const;
 
@@ -92,6 +138,8 @@ class DenseLayer {
   LinearHandles down_;
 };
 
+/// Routed experts, and the shared one, an MLP that every token meets. The shared one computes while
+/// tokens are on their way to the routed ones.
 class MoeLayer {
  public:
   MoeLayer(const ModelConfig& config, const ParameterTable& table, std::int64_t layer);
@@ -105,16 +153,22 @@ class MoeLayer {
   std::int64_t experts_;
   ops::RouterOptions router_options_;
   ParameterHandle router_;
+  ParameterHandle correction_;
   ParameterHandle gate_up_;
   ParameterHandle down_;
+  std::optional<DenseLayer> shared_;
 };
 
-/// Inverse frequencies of the rotary embedding, [head_dim / 2], computed in `dtype` as transformers
+/// Inverse frequencies of the rotary embedding, [rope_dim / 2], computed in `dtype` as transformers
 /// computes them, and the factor on cos and sin.
 struct RopeFrequencies {
   at::Tensor inverse;
   double scaling = 1.0;
 };
 RopeFrequencies rope_frequencies(const ModelConfig& config, at::ScalarType dtype);
+
+/// What scores are multiplied by: 1 / sqrt(head_dim), and with latent attention yarn's
+/// mscale_all_dim.
+double attention_scale(const ModelConfig& config);
 
 }  // namespace meshloom::model::detail

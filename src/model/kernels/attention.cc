@@ -16,7 +16,7 @@ void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const AttentionOptions& options, const char* where) {
   kernels::check_shape(q, {-1, -1, -1}, where, "q");
   kernels::check_shape(k, {-1, -1, q.size(2)}, where, "k");
-  kernels::check_shape(v, {k.size(0), k.size(1), q.size(2)}, where, "v");
+  kernels::check_shape(v, {k.size(0), k.size(1), -1}, where, "v");
   MESHLOOM_CHECK_GT(k.size(1), 0, where, "kv heads");
   MESHLOOM_CHECK_EQ(q.size(1) % k.size(1), 0, where, "q heads modulo kv heads");
   kernels::check_shape(lse, {q.size(1), q.size(0)}, where, "lse");
@@ -49,7 +49,7 @@ void attention_forward_(at::Tensor& accumulator, at::Tensor& lse, const at::Tens
                         std::span<const AttentionBlock> blocks, const AttentionOptions& options) {
   constexpr const char* kWhere = "model.attention_forward_";
   check_inputs(q, k, v, lse, blocks, options, kWhere);
-  kernels::check_shape(accumulator, {q.size(0), q.size(1), q.size(2)}, kWhere, "accumulator");
+  kernels::check_shape(accumulator, {q.size(0), q.size(1), v.size(2)}, kWhere, "accumulator");
   kernels::check_type(accumulator, lse.scalar_type(), kWhere, "accumulator");
   if (vectorised(lse, options, {accumulator})) {
     kernels::attention_forward_(accumulator, lse, q, k, v, blocks, options);
@@ -64,10 +64,10 @@ void attention_backward_(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const a
                          std::span<const AttentionBlock> blocks, const AttentionOptions& options) {
   constexpr const char* kWhere = "model.attention_backward_";
   check_inputs(q, k, v, lse, blocks, options, kWhere);
-  kernels::check_shape(dout, {q.size(0), q.size(1), q.size(2)}, kWhere, "dout");
+  kernels::check_shape(dout, {q.size(0), q.size(1), v.size(2)}, kWhere, "dout");
   kernels::check_shape(dq, {q.size(0), q.size(1), q.size(2)}, kWhere, "dq");
   kernels::check_shape(dk, {k.size(0), k.size(1), k.size(2)}, kWhere, "dk");
-  kernels::check_shape(dv, {k.size(0), k.size(1), k.size(2)}, kWhere, "dv");
+  kernels::check_shape(dv, {v.size(0), v.size(1), v.size(2)}, kWhere, "dv");
   kernels::check_shape(delta, {q.size(1), q.size(0)}, kWhere, "delta");
   for (const at::Tensor& gradient : {dq, dk, dv, delta}) {
     kernels::check_type(gradient, lse.scalar_type(), kWhere, "a gradient or delta");

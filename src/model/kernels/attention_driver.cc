@@ -142,6 +142,7 @@ void forward(at::Tensor& accumulator, at::Tensor& lse, const at::Tensor& q, cons
   const at::Tensor keys = packed_panels<T>(k, blocks, layout);
   const at::Tensor values = padded_heads(v, kernels.lanes);
   const std::int64_t head_dim = q.size(2);
+  const std::int64_t v_dim = v.size(2);
   const std::int64_t per_group = q.size(1) / k.size(1);
   const auto* first = blocks.data();
   for (const std::span<const AttentionBlock> run : runs_of(blocks, false)) {
@@ -160,8 +161,8 @@ void forward(at::Tensor& accumulator, at::Tensor& lse, const at::Tensor& q, cons
     std::stable_sort(pieces.begin(), pieces.end(), [](const auto& a, const auto& b) {
       return a.keys * a.rows > b.keys * b.rows;
     });
-    for_tasks<T>(static_cast<std::int64_t>(pieces.size()), kernels.attention_scratch(head_dim),
-                 [&](std::int64_t index, T* scratch) {
+    for_tasks<T>(static_cast<std::int64_t>(pieces.size()),
+                 kernels.attention_scratch(head_dim, v_dim), [&](std::int64_t index, T* scratch) {
                    const ForwardPiece& piece = pieces[static_cast<std::size_t>(index)];
                    const AttentionBlock& block = blocks[piece.block];
                    const std::int64_t group = piece.head / per_group;
@@ -183,6 +184,7 @@ void forward(at::Tensor& accumulator, at::Tensor& lse, const at::Tensor& q, cons
                    task.out_row = accumulator.stride(0);
                    task.lse = lse.mutable_data_ptr<T>() + piece.head * lse.stride(0) + row;
                    task.head_dim = head_dim;
+                   task.v_dim = v_dim;
                    task.window = options.window;
                    task.scale = options.scale;
                    kernels.attention_forward(task, scratch);
@@ -201,6 +203,7 @@ void backward(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& 
   const at::Tensor values = packed_panels<T>(v, blocks, layout);
   const at::Tensor key_rows = padded_heads(k, kernels.lanes);
   const std::int64_t head_dim = q.size(2);
+  const std::int64_t v_dim = v.size(2);
   const std::int64_t groups = k.size(1);
   const std::int64_t per_group = q.size(1) / groups;
   const auto* first = blocks.data();
@@ -212,7 +215,7 @@ void backward(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& 
       return blocks[a].q_rows * blocks[a].k_rows > blocks[b].q_rows * blocks[b].k_rows;
     });
     for_tasks<T>(static_cast<std::int64_t>(order.size()) * groups,
-                 kernels.attention_scratch(head_dim), [&](std::int64_t index, T* scratch) {
+                 kernels.attention_scratch(head_dim, v_dim), [&](std::int64_t index, T* scratch) {
                    const std::size_t at = order[static_cast<std::size_t>(index / groups)];
                    const AttentionBlock& block = blocks[at];
                    const std::int64_t group = index % groups;
@@ -223,8 +226,7 @@ void backward(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& 
                    const auto k_at = [&](const at::Tensor& x) {
                      return block.k_begin * x.stride(0) + group * x.stride(1);
                    };
-                   const std::int64_t packed_at =
-                       (group * layout.rows + layout.begin[at]) * head_dim;
+                   const std::int64_t packed_row = group * layout.rows + layout.begin[at];
                    AttentionBackwardTask<T> task{};
                    task.q = q.const_data_ptr<T>() + q_at(q);
                    task.dout = dout.const_data_ptr<T>() + q_at(dout);
@@ -242,8 +244,8 @@ void backward(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& 
                    task.heads = per_group;
                    task.q_rows = block.q_rows;
                    task.q_position = block.q_position;
-                   task.keys = keys.const_data_ptr<T>() + packed_at;
-                   task.values = values.const_data_ptr<T>() + packed_at;
+                   task.keys = keys.const_data_ptr<T>() + packed_row * head_dim;
+                   task.values = values.const_data_ptr<T>() + packed_row * v_dim;
                    task.k = key_rows.const_data_ptr<T>() + k_at(key_rows);
                    task.k_row = key_rows.stride(0);
                    task.dk = dk.mutable_data_ptr<T>() + k_at(dk);
@@ -253,6 +255,7 @@ void backward(at::Tensor& dq, at::Tensor& dk, at::Tensor& dv, const at::Tensor& 
                    task.k_rows = block.k_rows;
                    task.k_position = block.k_position;
                    task.head_dim = head_dim;
+                   task.v_dim = v_dim;
                    task.window = options.window;
                    task.scale = options.scale;
                    kernels.attention_backward(task, scratch);

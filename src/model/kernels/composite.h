@@ -34,6 +34,7 @@ RopeTables rope_tables(const at::Tensor& positions, const at::Tensor& inverse_fr
 void rope_(at::Tensor& qkv, const QkvLayout& layout, const RopeTables& tables);
 at::Tensor rope_backward(const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv,
                          const RopeTables& tables, at::ScalarType dtype);
+void rotate_(at::Tensor& x, const RopeTables& tables, bool interleaved, bool back);
 QkOutput qk_norm_rope(const at::Tensor& qkv, const QkvLayout& layout, const at::Tensor& q_weight,
                       const at::Tensor& k_weight, double eps, const RopeTables& tables);
 QkNormGradients qk_norm_rope_backward(const at::Tensor& dq, const at::Tensor& dk,
@@ -44,7 +45,7 @@ QkNormGradients qk_norm_rope_backward(const at::Tensor& dq, const at::Tensor& dk
 at::Tensor swiglu(const at::Tensor& gate_up);
 at::Tensor swiglu_backward_(at::Tensor& dy, at::Tensor& gate_up, const at::Tensor& weights);
 
-RouterOutput route(const at::Tensor& logits, const RouterOptions& options);
+RouterOutput route(const at::Tensor& logits, const RouterOptions& options, const at::Tensor& bias);
 at::Tensor route_backward(const at::Tensor& dweights, const RouterOutput& forward,
                           const RouterOptions& options, const at::Tensor& dprobabilities,
                           std::span<const std::int64_t> group_rows, double z_weight,

@@ -111,6 +111,22 @@ at::Tensor rope_backward(const at::Tensor& dq, const at::Tensor& dk, const at::T
       .to(dtype);
 }
 
+void rotate_(at::Tensor& x, const RopeTables& tables, bool interleaved, bool back) {
+  if (!interleaved) {
+    x.copy_(rotate(x.to(stat_type(x)), tables, back ? -1.0 : 1.0));
+    return;
+  }
+  const at::Tensor wide = x.to(stat_type(x));
+  const at::Tensor even = wide.slice(2, 0, std::nullopt, 2);
+  const at::Tensor odd = wide.slice(2, 1, std::nullopt, 2);
+  const at::Tensor cos = tables.cos.unsqueeze(1);
+  const at::Tensor sin = tables.sin.unsqueeze(1) * (back ? -1.0 : 1.0);
+  const at::Tensor new_even = even * cos - odd * sin;
+  const at::Tensor new_odd = odd * cos + even * sin;
+  x.slice(2, 0, std::nullopt, 2).copy_(new_even);
+  x.slice(2, 1, std::nullopt, 2).copy_(new_odd);
+}
+
 QkOutput qk_norm_rope(const at::Tensor& qkv, const QkvLayout& layout, const at::Tensor& q_weight,
                       const at::Tensor& k_weight, double eps, const RopeTables& tables) {
   const auto one = [&](std::int64_t first, std::int64_t count, const at::Tensor& weight) {

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/sort.h>
@@ -11,6 +12,7 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -30,25 +32,42 @@ at::Tensor rows_by_pair(const at::Tensor& rows, const at::Tensor& source, std::i
   return out;
 }
 
+/// Scores of the choice, -inf for the experts of all but the best groups.
+at::Tensor limited_to_groups(const at::Tensor& scores, const RouterOptions& options) {
+  const at::Tensor grouped = scores.view({scores.size(0), options.groups, -1});
+  const at::Tensor sums = std::get<0>(at::sort(grouped, /*stable=*/true, 2, /*descending=*/true))
+                              .slice(2, 0, 2)
+                              .sum({2});
+  const at::Tensor order = std::get<1>(at::sort(sums, /*stable=*/true, 1, /*descending=*/true));
+  const at::Tensor out = at::ones_like(sums, at::kBool);
+  out.scatter_(1, order.slice(1, 0, options.top_groups), false);
+  return grouped.masked_fill(out.unsqueeze(2), -std::numeric_limits<double>::infinity())
+      .view_as(scores);
+}
+
+/// What the weights of a token's experts are divided by, [T, 1].
+at::Tensor chosen_sum(const at::Tensor& chosen, const RouterOptions& options) {
+  const at::Tensor sum = chosen.sum({1}, true);
+  return options.score == RouterScore::kSigmoid ? sum + kSigmoidFloor : sum;
+}
+
 }  // namespace
 
-RouterOutput route(const at::Tensor& logits, const RouterOptions& options) {
+RouterOutput route(const at::Tensor& logits, const RouterOptions& options, const at::Tensor& bias) {
   RouterOutput out;
   const at::Tensor wide = logits.to(stat_type(logits));
   out.probabilities =
       options.score == RouterScore::kSoftmax ? at::softmax(wide, 1) : at::sigmoid(wide);
   out.lse = at::logsumexp(wide, {1});
   out.z_sum = out.lse.square().sum(at::kDouble).item<double>();
-  at::Tensor sorted;
-  at::Tensor order;
-  std::tie(sorted, order) = at::sort(out.probabilities, /*stable=*/true, 1, /*descending=*/true);
-  out.weights = sorted.slice(1, 0, options.top_k).contiguous();
+  at::Tensor choice = out.probabilities;
+  if (bias.defined()) choice = choice + bias.to(choice.scalar_type());
+  if (options.groups > 1) choice = limited_to_groups(choice, options);
+  const at::Tensor order = std::get<1>(at::sort(choice, /*stable=*/true, 1, /*descending=*/true));
   out.experts = order.slice(1, 0, options.top_k).contiguous();
-  if (options.normalize) {
-    at::Tensor sum = out.weights.sum({1}, true);
-    if (options.score == RouterScore::kSigmoid) sum = sum + kSigmoidFloor;
-    out.weights = out.weights / sum;
-  }
+  out.weights = out.probabilities.gather(1, out.experts);
+  if (options.normalize) out.weights = out.weights / chosen_sum(out.weights, options);
+  out.weights = out.weights * options.scale;
   return out;
 }
 
@@ -58,25 +77,25 @@ at::Tensor route_backward(const at::Tensor& dweights, const RouterOutput& forwar
                           at::ScalarType dtype) {
   const at::Tensor& p = forward.probabilities;
   const at::Tensor wide = dweights.to(p.scalar_type());
-  at::Tensor dchosen = wide;
+  at::Tensor dchosen = wide * options.scale;
   if (options.normalize) {
-    at::Tensor sum = p.gather(1, forward.experts).sum({1}, true);
-    if (options.score == RouterScore::kSigmoid) sum = sum + kSigmoidFloor;
-    dchosen = (wide - (wide * forward.weights).sum({1}, true)) / sum;
+    const at::Tensor sum = chosen_sum(p.gather(1, forward.experts), options);
+    dchosen = (dchosen - (wide * forward.weights).sum({1}, true)) / sum;
   }
   at::Tensor dp = at::zeros_like(p);
   dp.scatter_add_(1, forward.experts, dchosen);
   if (dprobabilities.defined()) {
-    const at::Tensor extra = dprobabilities.to(p.scalar_type());
-    if (group_rows.empty()) {
-      dp.add_(extra);
-    } else {
-      std::int64_t row = 0;
-      for (std::size_t g = 0; g < group_rows.size(); ++g) {
-        dp.slice(0, row, row + group_rows[g]).add_(extra.select(0, static_cast<std::int64_t>(g)));
-        row += group_rows[g];
-      }
+    at::Tensor extra = dprobabilities.to(p.scalar_type());
+    if (!group_rows.empty()) {
+      const at::Tensor repeats =
+          at::tensor(at::IntArrayRef(group_rows.data(), group_rows.size()), at::kLong);
+      extra = extra.repeat_interleave(repeats.to(extra.device()), 0);
     }
+    if (options.score == RouterScore::kSigmoid) {
+      const at::Tensor sum = p.sum({1}, true);
+      extra = (extra - (extra * p).sum({1}, true) / sum) / sum;
+    }
+    dp.add_(extra);
   }
   if (options.score == RouterScore::kSigmoid) {
     if (z_weight != 0.0) throw NotSupported("ops.route_backward", "z-loss with sigmoid scores");

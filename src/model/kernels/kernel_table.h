@@ -23,12 +23,12 @@ struct AttentionForwardTask {
   const T* q;  ///< [q_rows, head_dim], row stride q_row
   std::int64_t q_row, q_rows, q_position;
   const T* keys;  ///< packed by pack_b from K^T: [head_dim, k_rows]
-  const T* v;     ///< [k_rows, padded head_dim], row stride v_row
+  const T* v;     ///< [k_rows, padded v_dim], row stride v_row
   std::int64_t v_row, k_rows, k_position;
-  T* out;  ///< [q_rows, head_dim], row stride out_row: running output
+  T* out;  ///< [q_rows, v_dim], row stride out_row: running output
   std::int64_t out_row;
   T* lse;  ///< [q_rows], running log-sum-exp
-  std::int64_t head_dim, window;
+  std::int64_t head_dim, v_dim, window;
   double scale;
 };
 
@@ -46,9 +46,9 @@ struct AttentionBackwardTask {
   const T* values;  ///< packed by pack_b from V^T
   const T* k;       ///< [k_rows, padded head_dim], row stride k_row
   T* dk;            ///< [k_rows, head_dim], row stride dk_row; added to
-  T* dv;
+  T* dv;            ///< [k_rows, v_dim], row stride dv_row; added to
   std::int64_t k_row, dk_row, dv_row, k_rows, k_position;
-  std::int64_t head_dim, window;
+  std::int64_t head_dim, v_dim, window;
   double scale;
 };
 
@@ -90,6 +90,7 @@ struct HeadsTask {
   std::int64_t from_row, from_head, to_row, to_head, x_row, x_head;
   std::int64_t tokens, heads, head_dim, half;
   double eps;
+  bool interleaved;  ///< pairs are (2i, 2i + 1), in place and without a norm
 };
 
 /// silu(gate) * up of rows of 2 * size numbers.
@@ -114,15 +115,17 @@ struct SwigluBackwardTask {
 template <class T>
 struct RouteTask {
   const T* logits;
+  const T* bias;  ///< [experts], added for the choice alone, or null
   T* probabilities;
   T* weights;
   std::int64_t* chosen;
   T* lse;
-  std::int64_t logits_row, rows, experts, k;
+  std::int64_t logits_row, rows, experts, k, groups, top_groups;
+  double scale;
   bool normalize, softmax;
 };
 
-/// One row of `extra` (or null) is added to the gradient of every probability row.
+/// One row of `extra` (or null) is added to the gradient of every row of normalised probabilities.
 template <class T>
 struct RouteBackwardTask {
   const T* dweights;
@@ -133,7 +136,7 @@ struct RouteBackwardTask {
   const T* extra;
   T* dlogits;
   std::int64_t dweights_row, rows, experts, k;
-  double z_weight;
+  double scale, z_weight;
   bool normalize, softmax;
 };
 
@@ -182,7 +185,8 @@ struct KernelTable {
   std::int64_t query_rows;  ///< most query rows of a forward task
   void (*attention_forward)(const AttentionForwardTask<T>& task, T* scratch);
   void (*attention_backward)(const AttentionBackwardTask<T>& task, T* scratch);
-  std::int64_t (*attention_scratch)(std::int64_t head_dim);  ///< elements, for both
+  /// Elements, for both.
+  std::int64_t (*attention_scratch)(std::int64_t head_dim, std::int64_t v_dim);
   void (*attention_delta)(const DeltaTask<T>& task);
 
   void (*norm)(const NormTask<T>& task);
@@ -191,7 +195,8 @@ struct KernelTable {
   void (*heads_backward)(const HeadsTask<T>& task);
   void (*swiglu)(const SwigluTask<T>& task);
   void (*swiglu_backward)(const SwigluBackwardTask<T>& task);
-  void (*route)(const RouteTask<T>& task);
+  /// @param scratch  [experts + 2 groups + k] @param group_scratch  [top_groups].
+  void (*route)(const RouteTask<T>& task, T* scratch, std::int64_t* group_scratch);
   void (*route_backward)(const RouteBackwardTask<T>& task);
   void (*combine)(const CombineTask<T>& task);
   void (*cross_entropy)(const CrossEntropyTask<T>& task);

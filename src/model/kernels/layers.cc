@@ -113,6 +113,19 @@ void rope_rows_(at::Tensor& qkv, const QkvLayout& layout, const RopeTables& tabl
   });
 }
 
+template <class T>
+void rotate_rows_(at::Tensor& x, const RopeTables& tables, bool interleaved, bool back) {
+  for_rows(x.size(0), row_grain(x.size(1) * x.size(2)), [&](std::int64_t begin, std::int64_t end) {
+    auto task = heads_task<T>(tables, begin, end, x.size(1), x.size(2));
+    task.to = x.mutable_data_ptr<T>() + begin * x.stride(0);
+    task.from = task.to;
+    task.from_row = task.to_row = x.stride(0);
+    task.from_head = task.to_head = x.stride(1);
+    task.interleaved = interleaved;
+    back ? table<T>().heads_backward(task) : table<T>().heads(task);
+  });
+}
+
 /// Gradients of q or k heads; with the weight of the norm before the rotation, where there is one.
 template <class T>
 struct BackwardHeads {
@@ -302,6 +315,17 @@ at::Tensor rope_backward(const at::Tensor& dq, const at::Tensor& dk, const at::T
     return dqkv;
   }
   return composite::rope_backward(dq, dk, dv, tables, dtype);
+}
+
+void rotate_(at::Tensor& x, const RopeTables& tables, bool interleaved, bool back) {
+  check_shape(x, {-1, -1, 2 * tables.cos.size(1)}, "ops.rotate_", "x");
+  check_tables(tables, x.size(0), x.size(2), "ops.rotate_");
+  if (tables_served(x, tables) && x.stride(2) == 1) {
+    with_type(x.scalar_type(),
+              [&](auto number) { rotate_rows_<decltype(number)>(x, tables, interleaved, back); });
+    return;
+  }
+  composite::rotate_(x, tables, interleaved, back);
 }
 
 QkOutput qk_norm_rope(const at::Tensor& qkv, const QkvLayout& layout, const at::Tensor& q_weight,

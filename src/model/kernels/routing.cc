@@ -1,3 +1,4 @@
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -37,7 +38,8 @@ ExpertOrder counting_sort(const at::Tensor& experts, std::int64_t expert_count) 
 }
 
 template <class T>
-RouterOutput route_rows(const at::Tensor& logits, const RouterOptions& options) {
+RouterOutput route_rows(const at::Tensor& logits, const RouterOptions& options,
+                        const at::Tensor& bias) {
   const std::int64_t rows = logits.size(0);
   const std::int64_t experts = logits.size(1);
   RouterOutput out;
@@ -53,13 +55,20 @@ RouterOutput route_rows(const at::Tensor& logits, const RouterOptions& options) 
         task.weights = out.weights.mutable_data_ptr<T>() + begin * options.top_k;
         task.chosen = out.experts.mutable_data_ptr<std::int64_t>() + begin * options.top_k;
         task.lse = out.lse.mutable_data_ptr<T>() + begin;
+        task.bias = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
         task.logits_row = logits.stride(0);
         task.rows = end - begin;
         task.experts = experts;
         task.k = options.top_k;
+        task.groups = options.groups;
+        task.top_groups = options.top_groups;
+        task.scale = options.scale;
         task.normalize = options.normalize;
         task.softmax = options.score == RouterScore::kSoftmax;
-        kernels::table<T>().route(task);
+        std::vector<T> scratch(
+            static_cast<std::size_t>(experts + 2 * options.groups + options.top_k));
+        std::vector<std::int64_t> groups(static_cast<std::size_t>(options.top_groups));
+        kernels::table<T>().route(task, scratch.data(), groups.data());
       });
   const T* const lse = out.lse.const_data_ptr<T>();
   for (std::int64_t i = 0; i < rows; ++i) {
@@ -89,6 +98,7 @@ void route_backward_rows(const at::Tensor& dweights, const RouterOutput& forward
         task.rows = to - from;
         task.experts = experts;
         task.k = options.top_k;
+        task.scale = options.scale;
         task.z_weight = z_weight;
         task.normalize = options.normalize;
         task.softmax = options.score == RouterScore::kSoftmax;
@@ -184,16 +194,34 @@ void scatter_rows_(at::Tensor& grad, const at::Tensor& ids, const at::Tensor& dy
 
 }  // namespace
 
-RouterOutput route(const at::Tensor& logits, const RouterOptions& options) {
-  check_shape(logits, {-1, -1}, "ops.route", "logits");
-  MESHLOOM_CHECK_GE(options.top_k, 1, "ops.route", "top_k");
-  MESHLOOM_CHECK_LE(options.top_k, logits.size(1), "ops.route", "top_k");
+RouterOutput route(const at::Tensor& logits, const RouterOptions& options, const at::Tensor& bias) {
+  constexpr const char* kWhere = "ops.route";
+  check_shape(logits, {-1, -1}, kWhere, "logits");
+  const std::int64_t experts = logits.size(1);
+  MESHLOOM_CHECK_GE(options.top_k, 1, kWhere, "top_k");
+  MESHLOOM_CHECK_GE(options.groups, 1, kWhere, "groups");
+  MESHLOOM_CHECK_EQ(experts % options.groups, 0, kWhere, "experts modulo groups");
+  MESHLOOM_CHECK_GE(options.top_groups, 1, kWhere, "top_groups");
+  MESHLOOM_CHECK_LE(options.top_groups, options.groups, kWhere, "top_groups");
+  if (options.groups > 1) {
+    MESHLOOM_CHECK_GE(experts / options.groups, 2, kWhere, "experts of a group");
+  }
+  MESHLOOM_CHECK_LE(options.top_k, experts / options.groups * options.top_groups, kWhere,
+                    "top_k, against the experts of the chosen groups");
+  if (bias.defined()) check_shape(bias, {experts}, kWhere, "bias");
   if (kernels::served(logits)) {
+    const at::Tensor added =
+        bias.defined() ? bias.to(logits.scalar_type()).contiguous() : at::Tensor();
     return kernels::with_type(logits.scalar_type(), [&](auto number) {
-      return route_rows<decltype(number)>(kernels::row_contiguous(logits), options);
+      return route_rows<decltype(number)>(kernels::row_contiguous(logits), options, added);
     });
   }
-  return composite::route(logits, options);
+  return composite::route(logits, options, bias);
+}
+
+at::Tensor normalized_probabilities(const RouterOutput& forward, const RouterOptions& options) {
+  if (options.score == RouterScore::kSoftmax) return forward.probabilities;
+  return forward.probabilities / forward.probabilities.sum({1}, true);
 }
 
 at::Tensor route_backward(const at::Tensor& dweights, const RouterOutput& forward,

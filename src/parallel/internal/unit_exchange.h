@@ -28,6 +28,19 @@ namespace meshloom::parallel::detail {
                                                                 int degree, int member,
                                                                 std::int64_t window);
 
+/// Keys and values of some rows in one buffer that travels as one message: all keys, then all
+/// values. Heads of the two may differ in size.
+struct KeyValues {
+  at::Tensor both;  ///< [elements]
+  at::Tensor k;     ///< [rows, Hkv, D], a view
+  at::Tensor v;     ///< [rows, Hkv, Dv], a view
+};
+[[nodiscard]] std::int64_t key_value_elements(std::int64_t rows, const at::Tensor& k,
+                                              const at::Tensor& v);
+/// @param buffer  [key_value_elements(rows, k, v)] @param k, v  with heads of the same sizes
+[[nodiscard]] KeyValues key_values_in(at::Tensor buffer, std::int64_t rows, const at::Tensor& k,
+                                      const at::Tensor& v);
+
 /// Dtype of log-sum-exp and of accumulated gradients.
 [[nodiscard]] at::ScalarType statistics_type(const at::Tensor& x);
 

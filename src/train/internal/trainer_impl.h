@@ -121,7 +121,9 @@ class Trainer::Impl {
   std::optional<parallel::Groups> groups_;
   std::vector<std::shared_ptr<model::Stage>> stages_;  ///< [chunk]
   std::unique_ptr<parallel::ModelState> state_;
+  std::vector<ParameterSetting> settings_;
   std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
+  double bias_update_speed_ = 0.0;
   std::unique_ptr<model::BalanceLoss> balance_;
   std::unique_ptr<parallel::Executor> executor_;
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0

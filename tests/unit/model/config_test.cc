@@ -14,8 +14,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr const char* kFamilyNames[] = {"llama", "mistral", "qwen2",
-                                        "qwen3", "mixtral", "qwen3_moe"};
+constexpr const char* kFamilyNames[] = {"llama",   "mistral",   "qwen2",      "qwen3",
+                                        "mixtral", "qwen3_moe", "deepseek_v3"};
 
 /// The smallest config of a family: everything else takes the family's own default.
 Json minimal(const std::string& family) {
@@ -25,6 +25,14 @@ Json minimal(const std::string& family) {
   if (family == "mixtral") root.update({{"num_local_experts", 4}, {"num_experts_per_tok", 2}});
   if (family == "qwen3_moe") {
     root.update({{"num_experts", 4}, {"num_experts_per_tok", 2}, {"moe_intermediate_size", 24}});
+  }
+  if (family == "deepseek_v3") {
+    root.erase("num_key_value_heads");
+    root.update({{"n_routed_experts", 8},
+                 {"n_group", 4},
+                 {"topk_group", 2},
+                 {"num_experts_per_tok", 2},
+                 {"moe_intermediate_size", 24}});
   }
   return root;
 }
@@ -55,7 +63,7 @@ void expect_refused(const std::vector<Refusal>& cases) {
 }
 
 TEST(ModelConfigRefusals, OtherFamiliesAreRefusedByName) {
-  for (const char* other : {"gpt2", "deepseek_v3", "gemma3_text", "gpt_oss", "llama4_text",
+  for (const char* other : {"gpt2", "deepseek_v2", "gemma3_text", "gpt_oss", "llama4_text",
                             "qwen2_moe", "qwen3_next", "phi3", "Llama", "qwen3_vl"}) {
     const std::string message = message_of<NotSupported>([&] {
       (void)parse(with("llama", {{"model_type", other}}));
@@ -95,6 +103,20 @@ TEST(ModelConfigRefusals, FeaturesThatChangeTheMathematicsAreRefusedByName) {
       {"qwen3_moe", {{"routed_scaling_factor", 2.5}}, "routed_scaling_factor"},
       {"qwen3_moe", {{"scoring_func", "sigmoid"}}, "scoring_func"},
       {"mixtral", {{"router_jitter_noise", 0.01}}, "router_jitter_noise"},
+      {"deepseek_v3", {{"scoring_func", "softmax"}}, "scoring_func \"softmax\""},
+      {"deepseek_v3", {{"topk_method", "greedy"}}, "topk_method \"greedy\""},
+      {"deepseek_v3", {{"moe_layer_freq", 2}}, "moe_layer_freq"},
+      {"deepseek_v3", {{"sliding_window", 128}}, "sliding_window"},
+      {"deepseek_v3", {{"mlp_bias", true}}, "mlp_bias"},
+      {"deepseek_v3", {{"num_experts", 8}}, "num_experts"},
+      {"deepseek_v3", {{"mlp_only_layers", {1}}}, "mlp_only_layers"},
+      {"deepseek_v3", {{"router_aux_loss_coef", 0.01}}, "router_aux_loss_coef"},
+      {"deepseek_v3", {{"index_topk", 2048}}, "index_topk"},
+      {"deepseek_v3", {{"quantization_config", {{"quant_method", "fp8"}}}}, "quantization_config"},
+      {"deepseek_v3",
+       {{"max_position_embeddings", 64},
+        {"rope_parameters", {{"rope_type", "linear"}, {"factor", 2.0}, {"mscale_all_dim", 1.0}}}},
+       "rope_parameters.mscale_all_dim with rope_type \"linear\""},
       {"llama", {{"num_experts", 8}}, "num_experts"},
       {"mistral", {{"num_local_experts", 8}}, "num_local_experts"},
       {"mistral", {{"attention_bias", true}}, "attention_bias"},
@@ -163,6 +185,19 @@ TEST(ModelConfigRefusals, MalformedFieldsNameTheKeyAndWhatWasExpected) {
       {"qwen3_moe", {{"num_experts_per_tok", nullptr}}, "num_experts_per_tok is missing"},
       {"qwen3_moe", {{"mlp_only_layers", "none"}}, "mlp_only_layers"},
       {"llama", {{"eos_token_id", {1, "two"}}}, "eos_token_id"},
+      {"deepseek_v3", {{"n_routed_experts", nullptr}}, "n_routed_experts is missing"},
+      {"deepseek_v3", {{"n_shared_experts", 0}}, "n_shared_experts is 0"},
+      {"deepseek_v3", {{"n_group", 3}}, "n_group is 3, expected a divisor of 8"},
+      {"deepseek_v3", {{"n_group", 8}, {"topk_group", 8}}, "groups of two or more"},
+      {"deepseek_v3", {{"topk_group", 5}}, "topk_group is 5, expected 1 .. n_group 4"},
+      {"deepseek_v3",
+       {{"topk_group", 1}, {"num_experts_per_tok", 3}},
+       "num_experts_per_tok is 3, expected at most the 2 experts"},
+      {"deepseek_v3", {{"first_k_dense_replace", -1}}, "first_k_dense_replace is -1"},
+      {"deepseek_v3", {{"num_key_value_heads", 2}}, "latent attention has a key for each head"},
+      {"deepseek_v3", {{"head_dim", 192}}, "head_dim is 192, the other sizes give 64"},
+      {"deepseek_v3", {{"qk_head_dim", 64}}, "qk_head_dim is 64, the other sizes give 192"},
+      {"deepseek_v3", {{"qk_rope_head_dim", 7}}, "qk_rope_head_dim is 7"},
   });
   EXPECT_THROW((void)ModelConfig::from_json("[]"), DataError);
   EXPECT_THROW((void)ModelConfig::from_json(""), DataError);
@@ -403,6 +438,9 @@ TEST(ModelConfig, WrittenConfigReadsBackTheSame) {
         {"layer_types", {"sliding_attention", "full_attention", "sliding_attention"}}}},
       {"mixtral", {{"router_aux_loss_coef", 0.02}, {"output_router_logits", true}}},
       {"qwen3_moe", {{"norm_topk_prob", true}, {"mlp_only_layers", {1}}, {"rms_norm_eps", 1e-5}}},
+      {"deepseek_v3", {{"q_lora_rank", nullptr}, {"rope_interleave", false}}},
+      {"deepseek_v3",
+       {{"first_k_dense_replace", 0}, {"aux_loss_alpha", 1e-4}, {"norm_topk_prob", false}}},
   };
   for (const auto& [family, more] : cases) {
     const ModelConfig config = parse(with(family, more));
@@ -444,6 +482,18 @@ TEST(ModelConfig, WhatAFamilyCannotExpressIsNotWritten) {
       "mixtral", [](auto& c) { c.moe_layers[1] = false; }, "dense layers");
   refused(
       "qwen3_moe", [](auto& c) { c.moe.score = RouterScore::kSigmoid; }, "sigmoid");
+  refused(
+      "qwen3_moe", [](auto& c) { c.moe.shared_experts = 1; }, "these expert settings");
+  refused(
+      "llama", [](auto& c) { c.latent.kv_lora_rank = 8; }, "this attention");
+  refused(
+      "deepseek_v3", [](auto& c) { c.moe.correction_bias = false; }, "this router");
+  refused(
+      "deepseek_v3",
+      [](auto& c) {
+        c.moe_layers = {true, false, true};
+      },
+      "a dense layer 1 after");
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ constexpr double kUnseen = -std::numeric_limits<double>::infinity();
 struct Case {
   std::int64_t heads, kv_heads, head_dim, window;
   std::vector<std::int64_t> documents;
+  std::int64_t v_dim = 0;  ///< 0: head_dim
 };
 
 struct Inputs {
@@ -38,13 +39,18 @@ struct Inputs {
 Inputs inputs_for(const Case& c, at::ScalarType type) {
   std::int64_t tokens = 0;
   for (const std::int64_t length : c.documents) tokens += length;
+  const auto typed = at::TensorOptions().dtype(type);
+  const std::int64_t v_dim = c.v_dim > 0 ? c.v_dim : c.head_dim;
   // One fused projection: rows are wider than the heads, as in the model.
-  const at::Tensor fused =
-      at::randn({tokens, c.heads + 2 * c.kv_heads, c.head_dim}, at::TensorOptions().dtype(type));
+  const at::Tensor fused = at::randn({tokens, c.heads + 2 * c.kv_heads, c.head_dim}, typed);
+  // Values of another size come with a part of the keys in one row.
+  const at::Tensor values = c.v_dim > 0
+                                ? at::randn({tokens, c.kv_heads, 5 + v_dim}, typed).slice(2, 5)
+                                : fused.slice(1, c.heads + c.kv_heads);
   return {fused.slice(1, 0, c.heads),
           fused.slice(1, c.heads, c.heads + c.kv_heads),
-          fused.slice(1, c.heads + c.kv_heads),
-          at::randn({tokens, c.heads, c.head_dim}, at::TensorOptions().dtype(type)),
+          values,
+          at::randn({tokens, c.heads, v_dim}, typed),
           {1.0 / std::sqrt(static_cast<double>(c.head_dim)), c.window}};
 }
 
@@ -58,7 +64,7 @@ Expected reference(const Case& c, const Inputs& in) {
   const at::Tensor k = leaf(in.k);
   const at::Tensor v = leaf(in.v);
   Expected expected;
-  expected.out = at::zeros(in.q.sizes(), at::kDouble);
+  expected.out = at::zeros(in.dout.sizes(), at::kDouble);
   expected.lse = at::full({in.q.size(1), in.q.size(0)}, kUnseen, at::kDouble);
   std::int64_t begin = 0;
   for (const std::int64_t length : c.documents) {
@@ -113,7 +119,7 @@ struct Result {
 Result run(const Inputs& in, const std::vector<AttentionBlock>& blocks) {
   const at::ScalarType stat = in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Result r;
-  r.out = at::zeros(in.q.sizes(), stat);
+  r.out = at::zeros(in.dout.sizes(), stat);
   r.lse = at::full({in.q.size(1), in.q.size(0)}, kUnseen, stat);
   attention_forward_(r.out, r.lse, in.q, in.k, in.v, blocks, in.options);
   r.dq = at::zeros(in.q.sizes(), stat);
@@ -134,12 +140,22 @@ void expect_match(const Result& given, const Expected& expected, double limit) {
 }
 
 const std::vector<Case>& cases() {
-  static const std::vector<Case> all = {
-      {1, 1, 32, 0, {1}},           {2, 1, 16, 0, {0, 3, 0, 40}},  {4, 2, 64, 0, {130, 7}},
-      {8, 2, 32, 0, {300, 65, 1}},  {3, 3, 128, 0, {97}},          {2, 2, 24, 0, {70}},
-      {2, 1, 7, 0, {50}},           {2, 2, 256, 0, {33, 20}},      {4, 1, 96, 0, {150}},
-      {4, 2, 32, 1, {90}},          {4, 2, 32, 50, {300, 20, 51}}, {2, 1, 64, 129, {260}},
-      {2, 2, 80, 17, {100, 17, 18}}};
+  static const std::vector<Case> all = {{1, 1, 32, 0, {1}},
+                                        {2, 1, 16, 0, {0, 3, 0, 40}},
+                                        {4, 2, 64, 0, {130, 7}},
+                                        {8, 2, 32, 0, {300, 65, 1}},
+                                        {3, 3, 128, 0, {97}},
+                                        {2, 2, 24, 0, {70}},
+                                        {2, 1, 7, 0, {50}},
+                                        {2, 2, 256, 0, {33, 20}},
+                                        {4, 1, 96, 0, {150}},
+                                        {4, 2, 32, 1, {90}},
+                                        {4, 2, 32, 50, {300, 20, 51}},
+                                        {2, 1, 64, 129, {260}},
+                                        {2, 2, 80, 17, {100, 17, 18}},
+                                        {3, 3, 24, 0, {97, 5}, 16},
+                                        {4, 4, 13, 0, {140}, 29},
+                                        {4, 2, 96, 60, {150, 3}, 64}};
   return all;
 }
 
@@ -207,6 +223,9 @@ TEST(KernelAttention, WrongShapesAreRefused) {
   const std::vector<AttentionBlock> outside = {{0, 9, 0, 0, 8, 0}};
   EXPECT_THROW(attention_forward_(out, lse, in.q, in.k, in.v, outside, in.options),
                InvalidArgument);
+  at::Tensor narrow = at::zeros({8, 2, 31});
+  EXPECT_THROW(attention_forward_(narrow, lse, in.q, in.k, in.v, {}, in.options), InvalidArgument);
+  EXPECT_NO_THROW(attention_forward_(narrow, lse, in.q, in.k, in.v.slice(2, 1), {}, in.options));
   at::Tensor wrong = at::zeros({8, 2});
   EXPECT_THROW(attention_forward_(out, wrong, in.q, in.k, in.v, {}, in.options), InvalidArgument);
 }

@@ -106,6 +106,40 @@ TEST(KernelRope, RotationAndItsBackwardMatchAutograd) {
   });
 }
 
+TEST(KernelRope, PartsOfHeadsRotateInPlaceThereAndBack) {
+  at_every_level([] {
+    for (const at::ScalarType type : kernel_types()) {
+      for (const std::int64_t tokens : {0, 1, 33}) {
+        for (const std::int64_t rotated : {2, 6, 64}) {
+          for (const bool interleaved : {false, true}) {
+            const ops::RopeTables tables = tables_for(tokens, rotated, type);
+            const auto options = at::TensorOptions().dtype(type);
+            const at::Tensor heads = at::randn({tokens, 3, 7 + rotated}, options);
+            const at::Tensor before = heads.clone();
+            const at::Tensor x = leaf(heads.slice(2, 7));
+            // Neighbours are halves in another order of the numbers.
+            const auto halves = [&](const at::Tensor& t) {
+              if (!interleaved) return t;
+              return at::cat({t.slice(2, 0, rotated, 2), t.slice(2, 1, rotated, 2)}, 2);
+            };
+            const at::Tensor y = rotate_reference(halves(x), tables);
+            const at::Tensor dy = at::randn({tokens, 3, rotated}, options);
+            y.backward(halves(dy).to(at::kDouble));
+
+            at::Tensor part = heads.slice(2, 7);
+            ops::rotate_(part, tables, interleaved);
+            EXPECT_TRUE(close(halves(part), y, tolerance(type)));
+            EXPECT_TRUE(heads.slice(2, 0, 7).equal(before.slice(2, 0, 7)));
+            at::Tensor back = dy.clone();
+            ops::rotate_(back, tables, interleaved, true);
+            EXPECT_TRUE(close(back, x.grad(), tolerance(type)));
+          }
+        }
+      }
+    }
+  });
+}
+
 TEST(KernelRope, NormedHeadsMatchAutograd) {
   at_every_level([] {
     for (const at::ScalarType type : kernel_types()) {

@@ -9,6 +9,10 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "kernels_support.h"
 #include "meshloom/core/error.h"
 #include "meshloom/model/batch.h"
@@ -37,7 +41,8 @@ TEST(KernelRouter, ForwardAndBackwardMatchAutograd) {
           for (const bool normalize : {false, true}) {
             for (const RouterScore score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
               const std::int64_t k = std::min<std::int64_t>(experts, 3);
-              const ops::RouterOptions options{k, normalize, score};
+              const ops::RouterOptions options{
+                  .top_k = k, .normalize = normalize, .score = score, .scale = 1.7};
               const auto typed = at::TensorOptions().dtype(type);
               const at::Tensor logits = at::randn({tokens, experts}, typed);
               const at::Tensor dweights = at::randn({tokens, k}, typed);
@@ -51,18 +56,22 @@ TEST(KernelRouter, ForwardAndBackwardMatchAutograd) {
                   score == RouterScore::kSoftmax ? at::softmax(x, 1) : at::sigmoid(x);
               at::Tensor weights = p.gather(1, out.experts);
               if (normalize) weights = weights / weights.sum({1}, true);
+              weights = weights * 1.7;
               const at::Tensor lse = at::logsumexp(x, {1});
               at::Tensor loss = (weights * dweights).sum() + z_weight * lse.square().sum();
               std::int64_t begin = 0;
               for (std::int64_t g = 0; g < 3; ++g) {
                 const std::int64_t count = groups[static_cast<std::size_t>(g)];
-                loss = loss + (p.narrow(0, begin, count) * extra.select(0, g)).sum();
+                const at::Tensor rows = p.narrow(0, begin, count);
+                loss = loss + (rows / rows.sum({1}, true) * extra.select(0, g)).sum();
                 begin += count;
               }
               loss.backward();
 
               EXPECT_TRUE(close(out.probabilities, p, tolerance(type)));
               EXPECT_TRUE(close(out.weights, weights, tolerance(type)));
+              EXPECT_TRUE(close(ops::normalized_probabilities(out, options), p / p.sum({1}, true),
+                                tolerance(type)));
               EXPECT_TRUE(close(out.lse, lse, tolerance(type)));
               EXPECT_NEAR(out.z_sum, lse.square().sum().item<double>(), 1e-4 * (1.0 + out.z_sum));
               EXPECT_TRUE(close(out.experts, p.argsort(true, 1, true).slice(1, 0, k), 0.0));
@@ -77,11 +86,69 @@ TEST(KernelRouter, ForwardAndBackwardMatchAutograd) {
   });
 }
 
+TEST(KernelRouter, GroupsAndBiasLimitTheChoiceAlone) {
+  at_every_level([] {
+    for (const at::ScalarType type : kernel_types()) {
+      for (const RouterScore score : {RouterScore::kSoftmax, RouterScore::kSigmoid}) {
+        const std::int64_t experts = 24;
+        const ops::RouterOptions options{
+            .top_k = 5, .score = score, .scale = 2.5, .groups = 6, .top_groups = 2};
+        const auto typed = at::TensorOptions().dtype(type);
+        const at::Tensor logits = at::randn({70, experts}, typed);
+        const at::Tensor bias = at::randn({experts}, typed) * 0.3;
+        const at::Tensor dweights = at::randn({70, 5}, typed);
+        const ops::RouterOutput out = ops::route(logits, options, bias);
+
+        const at::Tensor x = leaf(logits);
+        const at::Tensor p = score == RouterScore::kSoftmax ? at::softmax(x, 1) : at::sigmoid(x);
+        // Every group's two best, the best two groups, the best of these, in loops.
+        const at::Tensor choice = (p + bias.to(at::kDouble)).detach();
+        for (std::int64_t t = 0; t < 70; ++t) {
+          std::vector<std::pair<double, std::int64_t>> groups;
+          std::vector<std::pair<double, std::int64_t>> candidates;
+          for (std::int64_t g = 0; g < 6; ++g) {
+            const at::Tensor sorted = std::get<0>(choice[t].narrow(0, g * 4, 4).sort(0, true));
+            groups.emplace_back(-(sorted[0] + sorted[1]).item<double>(), g);
+          }
+          std::sort(groups.begin(), groups.end());
+          for (int j = 0; j < 2; ++j) {
+            for (std::int64_t e = 0; e < 4; ++e) {
+              const std::int64_t expert = groups[static_cast<std::size_t>(j)].second * 4 + e;
+              candidates.emplace_back(-choice[t][expert].item<double>(), expert);
+            }
+          }
+          std::sort(candidates.begin(), candidates.end());
+          for (std::int64_t j = 0; j < 5; ++j) {
+            EXPECT_EQ(out.experts[t][j].item<std::int64_t>(),
+                      candidates[static_cast<std::size_t>(j)].second);
+          }
+        }
+        at::Tensor weights = p.gather(1, out.experts);
+        weights = weights / weights.sum({1}, true) * 2.5;
+        (weights * dweights).sum().backward();
+        EXPECT_TRUE(close(out.probabilities, p, tolerance(type)));
+        EXPECT_TRUE(close(out.weights, weights, tolerance(type)));
+        const at::Tensor dlogits = ops::route_backward(dweights, out, options, {}, {}, 0.0, type);
+        EXPECT_TRUE(close(dlogits, x.grad(), tolerance(type)));
+      }
+    }
+  });
+  const at::Tensor logits = at::zeros({2, 12});
+  const auto refused = [&](const ops::RouterOptions& options, const at::Tensor& bias = {}) {
+    EXPECT_THROW((void)ops::route(logits, options, bias), InvalidArgument);
+  };
+  refused({.top_k = 2, .groups = 5});
+  refused({.top_k = 1, .groups = 12});
+  refused({.top_k = 4, .groups = 4});
+  refused({.top_k = 2, .groups = 3, .top_groups = 4});
+  refused({.top_k = 2}, at::zeros({11}));
+}
+
 TEST(KernelRouter, TiesGoToTheLowerIndex) {
   at_every_level([] {
     const at::Tensor logits = at::zeros({2, 20});
     logits.select(1, 17).fill_(1.0);
-    const ops::RouterOutput out = ops::route(logits, {4, true, RouterScore::kSoftmax});
+    const ops::RouterOutput out = ops::route(logits, {.top_k = 4});
     const at::Tensor expected = at::tensor({17, 0, 1, 2}, at::kLong).expand({2, 4});
     EXPECT_TRUE(out.experts.equal(expected));
   });

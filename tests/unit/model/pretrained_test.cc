@@ -45,7 +45,7 @@ std::map<std::string, std::string> contents_of(const std::string& folder) {
 }
 
 TEST(Pretrained, SavedFoldersLoadTheSameWholeAndInShards) {
-  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied}) {
+  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied, kTinyLatent}) {
     const TinyModel model(text);
     for (const std::int64_t limit : {std::int64_t{1} << 30, std::int64_t{2000}, std::int64_t{1}}) {
       SCOPED_TRACE(model.config.model_type + " " + std::to_string(limit));
@@ -97,6 +97,27 @@ TEST(Pretrained, AStageTakesItsLayersAndLeavesTheRest) {
           << spec.name;
     }
   }
+}
+
+TEST(Pretrained, LayersForMultiTokenPredictionArePassedOver) {
+  const TinyModel model(kTinyLatent);
+  const TemporaryFolder folder;
+  save_pretrained(folder.path(), model.config, model.table, model.values, {.dtype = at::kDouble});
+  NamedTensors tensors;
+  for (const auto& [name, tensor] : load_safetensors(folder.file("model.safetensors"))) {
+    tensors.emplace_back(name, tensor.clone());
+  }
+  tensors.emplace_back("model.layers.2.eh_proj.weight", at::zeros({12, 24}, at::kDouble));
+  save_safetensors(folder.file("model.safetensors"), tensors);
+  const auto load_with = [&](std::int64_t prediction_layers) {
+    ModelConfig config = model.config;
+    config.prediction_layers = prediction_layers;
+    at::Tensor values = at::zeros({model.table.elements}, at::kDouble);
+    load_pretrained(folder.path(), config, model.table, values);
+    return values;
+  };
+  EXPECT_TRUE(at::equal(load_with(1), model.values));
+  EXPECT_THROW((void)load_with(0), DataError);
 }
 
 TEST(Pretrained, SavingOverAnotherFormLeavesNoStaleWeights) {

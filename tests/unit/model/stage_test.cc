@@ -54,7 +54,7 @@ struct Runner {
 };
 
 TEST(Stage, AMicroBatchWithoutTokensPassesAndLeavesNoGradient) {
-  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied}) {
+  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied, kTinyLatent}) {
     const TinyModel model(text);
     Runner runner(model);
     std::vector<SequenceBatch> batches(3);  // undefined tensors; defined ones; an empty document
@@ -102,7 +102,7 @@ TEST(Stage, EmptyDocumentsAmongOthersChangeNothing) {
 TEST(Stage, PiecesGiveWhatTheWholeGives) {
   // The same operations in the same order but for sums over the two uses of a tied embedding.
   constexpr double kTolerance = 1e-13;
-  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied}) {
+  for (const char* text : {kTinyMoe, kTinyMixtral, kTinyTied, kTinyLatent}) {
     const TinyModel model(text);
     const SequenceBatch batch = make_batch(tiny_documents({7, 1, 12}, model.config.vocab_size));
     Runner whole(model);
@@ -164,6 +164,11 @@ TEST(Stage, TokensOutsideTheVocabularyAreRefusedByName) {
       EXPECT_NE(message.find(part), std::string::npos) << part << " in: " << message;
     }
   }
+}
+
+TEST(Stage, LatentAttentionIsRefusedOverTensorParallelRanks) {
+  const TinyModel model(kTinyLatent);
+  EXPECT_THROW((void)build_stage(model.config, {0, 2}, true, true, {0, 2}), NotSupported);
 }
 
 TEST(Stage, MisuseIsRefused) {

@@ -30,6 +30,14 @@ inline constexpr const char* kTinyTied = R"({
   "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
   "tie_word_embeddings": true, "initializer_range": 0.2})";
 
+inline constexpr const char* kTinyLatent = R"({
+  "model_type": "deepseek_v3", "vocab_size": 31, "hidden_size": 12, "intermediate_size": 20,
+  "num_hidden_layers": 2, "num_attention_heads": 2, "first_k_dense_replace": 1,
+  "q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4,
+  "v_head_dim": 5, "n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 2,
+  "moe_intermediate_size": 7, "n_shared_experts": 2, "attention_bias": true,
+  "initializer_range": 0.2})";
+
 struct TinyModel {
   explicit TinyModel(const char* text, at::ScalarType dtype = at::kDouble)
       : config(ModelConfig::from_json(text)),

@@ -78,6 +78,7 @@ struct Case {
   std::int64_t kv_heads;
   std::int64_t window;
   std::vector<std::int64_t> lengths;
+  std::int64_t v_dim = 8;
 };
 
 void check(const Case& c, plan::Exchange kind = plan::Exchange::kRing) {
@@ -85,8 +86,8 @@ void check(const Case& c, plan::Exchange kind = plan::Exchange::kRing) {
   const auto total = std::accumulate(c.lengths.begin(), c.lengths.end(), std::int64_t{0});
   const auto q = random_tensor({total, c.heads, dim}, 1);
   const auto k = random_tensor({total, c.kv_heads, dim}, 2);
-  const auto v = random_tensor({total, c.kv_heads, dim}, 3);
-  const auto dout = random_tensor({total, c.heads, dim}, 4);
+  const auto v = random_tensor({total, c.kv_heads, c.v_dim}, 3);
+  const auto dout = random_tensor({total, c.heads, c.v_dim}, 4);
   const model::AttentionOptions options{.scale = 0.35, .window = c.window};
 
   const auto whole_plan = plan_of(c.lengths, {0});
@@ -182,6 +183,24 @@ TEST_P(Exchanges, RespectSlidingWindows) {
     SCOPED_TRACE(window);
     check({.ranks = 3, .heads = 4, .kv_heads = 2, .window = window, .lengths = {50, 2, 101}},
           GetParam());
+  }
+}
+
+TEST_P(Exchanges, CarryValuesOfAnotherSizeThanKeys) {
+  for (const std::int64_t v_dim : {5, 12}) {
+    SCOPED_TRACE(v_dim);
+    check({.ranks = 3, .heads = 4, .kv_heads = 4, .window = 0, .lengths = {41, 5}, .v_dim = v_dim},
+          GetParam());
+    check({.ranks = 4, .heads = 6, .kv_heads = 2, .window = 0, .lengths = {64}, .v_dim = v_dim},
+          GetParam());
+  }
+}
+
+TEST(RingExchange, CarriesValuesOfAnotherSizeThanKeys) {
+  for (const std::int64_t v_dim : {5, 12}) {
+    SCOPED_TRACE(v_dim);
+    check({.ranks = 3, .heads = 4, .kv_heads = 4, .window = 0, .lengths = {41, 5}, .v_dim = v_dim});
+    check({.ranks = 4, .heads = 6, .kv_heads = 2, .window = 0, .lengths = {64}, .v_dim = v_dim});
   }
 }
 

@@ -62,12 +62,17 @@ struct Passed {
 Passed pass_through(model::TokenDispatcher& dispatcher, const std::vector<std::int64_t>& held,
                     std::int64_t experts, const at::Tensor& x, const at::Tensor& chosen,
                     const at::Tensor& weights, const at::Tensor& dout) {
-  const auto tokens = dispatcher.dispatch(x, chosen, experts);
+  // Other work may come between the start and the arrival.
+  const auto rows_arrive = dispatcher.begin_dispatch(x, chosen, experts);
+  const at::Tensor meanwhile = x.matmul(x.t());
+  const auto tokens = rows_arrive();
   EXPECT_EQ(tokens.expert_rows.size(), held.size());
   Passed result;
   result.out =
       dispatcher.combine(experts_applied(tokens.rows, tokens.expert_rows, held), tokens, weights);
-  const auto combined = dispatcher.combine_backward(dout, tokens, weights);
+  const auto gradients_arrive = dispatcher.begin_combine_backward(dout, tokens, weights);
+  EXPECT_TRUE(at::equal(meanwhile, x.matmul(x.t())));
+  const auto combined = gradients_arrive();
   const auto back = experts_applied(combined.rows, tokens.expert_rows, held);
   const auto dweights = back.mul(tokens.rows).sum(1);
   const auto gradients = dispatcher.dispatch_backward(back.mul(combined.weights.unsqueeze(1)),

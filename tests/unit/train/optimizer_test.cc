@@ -4,8 +4,11 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <utility>
+#include <vector>
 
 #include "meshloom/core/error.h"
 #include "meshloom/core/random.h"
@@ -164,6 +167,40 @@ TEST(Schedule, WarmsUpThenFalls) {
   const ScheduleOptions constant{.kind = "constant", .warmup = 1};
   EXPECT_DOUBLE_EQ(schedule_factor(constant, 0, 10), 0.5);
   EXPECT_DOUBLE_EQ(schedule_factor(constant, 9, 10), 1.0);
+}
+
+TEST(CorrectionBias, MovesTowardsTheMeanByOneStepAndNothingElseMoves) {
+  model::ParameterTable table;
+  table.append({.name = "weight", .shape = {3}});
+  table.append({.name = "bias", .shape = {4}, .decay = false, .counts_choices = true});
+  table.append({.name = "after", .shape = {2}});
+  const AdamWOptions options{.lr = 0.0};
+  const auto settings = parameter_settings(table, options, {});
+  // Cut anywhere: elements do not need each other.
+  for (const std::int64_t cut : {0, 2, 4, 5, 7, 9}) {
+    at::Tensor values = at::zeros({9}, at::kDouble);
+    at::Tensor counts = at::empty({9}, at::kDouble);
+    const double given[] = {9, 9, 9, 5, 7, 6, 0, 9, 9};
+    std::copy(given, given + 9, counts.mutable_data_ptr<double>());
+    for (const auto& [begin, end] :
+         std::vector<std::pair<std::int64_t, std::int64_t>>{{0, cut}, {cut, 9}}) {
+      at::Tensor master = values.narrow(0, begin, end - begin);
+      move_correction_biases_(master, counts.narrow(0, begin, end - begin), table, {begin, end},
+                              settings, 6.0, 0.25);
+    }
+    const double expected[] = {0, 0, 0, 0.25, -0.25, 0, 0.25, 0, 0};
+    for (int i = 0; i < 9; ++i) EXPECT_EQ(values.const_data_ptr<double>()[i], expected[i]) << i;
+  }
+  at::Tensor master = at::zeros({9}, at::kDouble);
+  at::Tensor counts = at::arange(9, at::kDouble);
+  AdamW optimizer(table, settings, {0, 9}, master, {.lr = 1.0});
+  EXPECT_NEAR(optimizer.squared_norm(counts), 0.0 + 1 + 4 + 49 + 64, 1e-10) << "no counts in it";
+  optimizer.step(counts, 1.0);
+  EXPECT_EQ(master.narrow(0, 3, 4).abs().max().item<double>(), 0.0);
+  EXPECT_GT(master.narrow(0, 7, 2).abs().min().item<double>(), 0.0);
+  const auto frozen = parameter_settings(table, options, {{.pattern = "bias", .frozen = true}});
+  move_correction_biases_(master, counts, table, {0, 9}, frozen, 100.0, 1.0);
+  EXPECT_EQ(master.narrow(0, 3, 4).abs().max().item<double>(), 0.0);
 }
 
 }  // namespace

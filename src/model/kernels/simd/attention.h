@@ -161,7 +161,7 @@ struct ScorePanel {
 
 template <class T>
 void attention_forward(const AttentionForwardTask<T>& task, T* scratch) {
-  const std::int64_t padded = round_up(task.head_dim, kLanes<T>);
+  const std::int64_t padded = round_up(task.v_dim, kLanes<T>);
   const std::int64_t padded_rows = round_up(task.q_rows, kTileRows);
   T* q = scratch;
   T* out = q + kQueryRows * task.head_dim;
@@ -261,10 +261,10 @@ void attention_forward(const AttentionForwardTask<T>& task, T* scratch) {
     if (before == -__builtin_inf()) {
       const T inverse = static_cast<T>(1) / sum;
       std::int64_t j = 0;
-      for (; j + kLanes<T> <= task.head_dim; j += kLanes<T>) {
+      for (; j + kLanes<T> <= task.v_dim; j += kLanes<T>) {
         store(to + j, load(from + j) * inverse);
       }
-      for (; j < task.head_dim; ++j) to[j] = from[j] * inverse;
+      for (; j < task.v_dim; ++j) to[j] = from[j] * inverse;
       task.lse[i] = lse;
       continue;
     }
@@ -275,7 +275,7 @@ void attention_forward(const AttentionForwardTask<T>& task, T* scratch) {
     const double total = old_part + new_part;
     const T keep = static_cast<T>(old_part / total);
     const T take = static_cast<T>(new_part / total / static_cast<double>(sum));
-    for (std::int64_t j = 0; j < task.head_dim; ++j) to[j] = to[j] * keep + from[j] * take;
+    for (std::int64_t j = 0; j < task.v_dim; ++j) to[j] = to[j] * keep + from[j] * take;
     task.lse[i] = static_cast<T>(high + __builtin_log(total));
   }
 }
@@ -288,7 +288,7 @@ template <class T>
 struct GradientPanel {
   const T* q;  ///< times scale * log2(e)
   const T* dout;
-  std::int64_t head_dim, padded;
+  std::int64_t head_dim, padded, v_dim, padded_v;
   const T* key_panel;
   const T* value_panel;
   T* p;  ///< row stride kScoreRow
@@ -317,7 +317,7 @@ struct GradientPanel {
       }
     }
     Vec<T> acc[kTileRows][N] = {};
-    multiply<T, kTileRows, N>(acc, dout, padded, 1, value_panel, kPanelKeys<T>, head_dim);
+    multiply<T, kTileRows, N>(acc, dout, padded_v, 1, value_panel, kPanelKeys<T>, v_dim);
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
@@ -347,13 +347,14 @@ template <class T>
 void attention_backward(const AttentionBackwardTask<T>& task, T* scratch) {
   constexpr T kLn2 = static_cast<T>(0.6931471805599453);
   const std::int64_t padded = round_up(task.head_dim, kLanes<T>);
+  const std::int64_t padded_v = round_up(task.v_dim, kLanes<T>);
   constexpr std::int64_t kKeysUp = round_up(kBackwardKeys, kTileRows);
   T* q = scratch;
   T* dout = q + kBackwardQueries * padded;
-  T* dq = dout + kBackwardQueries * padded;
+  T* dq = dout + kBackwardQueries * padded_v;
   T* dk = dq + kBackwardQueries * padded;
   T* dv = dk + kKeysUp * padded;
-  T* lse = dv + kKeysUp * padded;
+  T* lse = dv + kKeysUp * padded_v;
   T* delta = lse + kBackwardQueries;
   T* p = delta + kBackwardQueries;  // [kBackwardQueries, kScoreRow]
   T* ds = p + kBackwardQueries * kScoreRow<T> + kTileRows;
@@ -369,15 +370,16 @@ void attention_backward(const AttentionBackwardTask<T>& task, T* scratch) {
             : task.q_rows;
     if (q_low >= q_high) continue;
     for (std::int64_t i = 0; i < kKeysUp * padded; ++i) dk[i] = 0;
-    for (std::int64_t i = 0; i < kKeysUp * padded; ++i) dv[i] = 0;
+    for (std::int64_t i = 0; i < kKeysUp * padded_v; ++i) dv[i] = 0;
     for (std::int64_t head = 0; head < task.heads; ++head) {
       for (std::int64_t start = q_low; start < q_high; start += kBackwardQueries) {
         const std::int64_t rows = smaller(kBackwardQueries, q_high - start);
         const std::int64_t rows_up = round_up(rows, kTileRows);
         copy_rows(q, rows_up, padded, task.q + head * task.q_head + start * task.q_row, task.q_row,
                   rows, task.head_dim, static_cast<T>(task.scale) * kLog2E<T>);
-        copy_rows(dout, rows_up, padded, task.dout + head * task.dout_head + start * task.dout_row,
-                  task.dout_row, rows, task.head_dim, static_cast<T>(1));
+        copy_rows(dout, rows_up, padded_v,
+                  task.dout + head * task.dout_head + start * task.dout_row, task.dout_row, rows,
+                  task.v_dim, static_cast<T>(1));
         for (std::int64_t i = 0; i < rows_up; ++i) {
           const std::int64_t at = start + (i < rows ? i : 0);
           // A row that saw nothing sees nothing here either: any finite number will do.
@@ -400,11 +402,12 @@ void attention_backward(const AttentionBackwardTask<T>& task, T* scratch) {
             const bool masked =
                 key < range[kTileRows - 1].low || key + round_up(count, kLanes<T>) > range[0].high;
             with_vectors<T>(
-                count, GradientPanel<T>{q + row * padded, dout + row * padded, task.head_dim,
-                                        padded, task.keys + (tile + key) * task.head_dim,
-                                        task.values + (tile + key) * task.head_dim,
-                                        p + row * kScoreRow<T> + key, ds + row * kScoreRow<T> + key,
-                                        lse + row, delta + row, key, range, masked});
+                count,
+                GradientPanel<T>{q + row * padded, dout + row * padded_v, task.head_dim, padded,
+                                 task.v_dim, padded_v, task.keys + (tile + key) * task.head_dim,
+                                 task.values + (tile + key) * task.v_dim,
+                                 p + row * kScoreRow<T> + key, ds + row * kScoreRow<T> + key,
+                                 lse + row, delta + row, key, range, masked});
           }
           // Key blocks of the products below may reach over the ends of what was computed.
           constexpr std::int64_t kReach = round_up(kTileRows, kLanes<T>);
@@ -427,8 +430,9 @@ void attention_backward(const AttentionBackwardTask<T>& task, T* scratch) {
           const std::int64_t high =
               task.window > 0 ? smaller(rows, larger(last_key + task.window - position, 0)) : rows;
           if (low >= high) continue;
-          accumulate_rows<T>(dv + key * padded, padded, nullptr, p + low * kScoreRow<T> + key, 1,
-                             kScoreRow<T>, dout + low * padded, padded, high - low, padded);
+          accumulate_rows<T>(dv + key * padded_v, padded_v, nullptr, p + low * kScoreRow<T> + key,
+                             1, kScoreRow<T>, dout + low * padded_v, padded_v, high - low,
+                             padded_v);
           accumulate_rows<T>(dk + key * padded, padded, nullptr, ds + low * kScoreRow<T> + key, 1,
                              kScoreRow<T>, q + low * padded, padded, high - low, padded);
         }
@@ -437,16 +441,19 @@ void attention_backward(const AttentionBackwardTask<T>& task, T* scratch) {
       }
     }
     add_rows(task.dk + tile * task.dk_row, task.dk_row, dk, padded, keys, task.head_dim, kLn2);
-    add_rows(task.dv + tile * task.dv_row, task.dv_row, dv, padded, keys, task.head_dim,
+    add_rows(task.dv + tile * task.dv_row, task.dv_row, dv, padded_v, keys, task.v_dim,
              static_cast<T>(1));
   }
 }
 
 template <class T>
-std::int64_t attention_scratch(std::int64_t head_dim) {
+std::int64_t attention_scratch(std::int64_t head_dim, std::int64_t v_dim) {
   const std::int64_t padded = round_up(head_dim, kLanes<T>);
-  const std::int64_t forward = kQueryRows * (2 * padded + kLanes<T> + 1) + kTileRows * kKeyRows;
-  const std::int64_t backward = padded * (3 * kBackwardQueries + 2 * (kBackwardKeys + kTileRows)) +
+  const std::int64_t padded_v = round_up(v_dim, kLanes<T>);
+  const std::int64_t forward =
+      kQueryRows * (padded + padded_v + kLanes<T> + 1) + kTileRows * kKeyRows;
+  const std::int64_t backward = padded * (2 * kBackwardQueries + kBackwardKeys + kTileRows) +
+                                padded_v * (kBackwardQueries + kBackwardKeys + kTileRows) +
                                 2 * kBackwardQueries * (kScoreRow<T> + 1) + 2 * kTileRows;
   return round_up(larger(forward, backward), 64);
 }

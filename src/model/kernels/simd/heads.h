@@ -23,6 +23,18 @@ MESHLOOM_INLINE void rotate(T* to, const T* from, const T* cos, const T* sin, st
   for (std::int64_t j = 2 * half; j < head_dim; ++j) to[j] = from[j];
 }
 
+/// Rotates pairs (2i, 2i + 1) in place.
+template <class T, bool Back>
+MESHLOOM_INLINE void rotate_neighbours(T* x, const T* cos, const T* sin, std::int64_t half) {
+  for (std::int64_t j = 0; j < half; ++j) {
+    const T even = x[2 * j];
+    const T odd = x[2 * j + 1];
+    const T s = Back ? -sin[j] : sin[j];
+    x[2 * j] = even * cos[j] - odd * s;
+    x[2 * j + 1] = odd * cos[j] + even * s;
+  }
+}
+
 template <class T>
 MESHLOOM_INLINE T head_rstd(const T* x, std::int64_t head_dim, double eps) {
   Vec<T> squares{};
@@ -41,6 +53,10 @@ void heads(const HeadsTask<T>& task) {
     for (std::int64_t h = 0; h < task.heads; ++h) {
       const T* from = task.from + t * task.from_row + h * task.from_head;
       T* to = task.to + t * task.to_row + h * task.to_head;
+      if (task.interleaved) {
+        rotate_neighbours<T, false>(to, cos, sin, task.half);
+        continue;
+      }
       if (task.weight != nullptr) {
         const T rstd = head_rstd<T>(from, task.head_dim, task.eps);
         for_vectors<T>(task.head_dim, [&](std::int64_t j, auto part) {
@@ -60,6 +76,10 @@ void heads_backward(const HeadsTask<T>& task) {
     const T* sin = task.sin + t * task.half;
     for (std::int64_t h = 0; h < task.heads; ++h) {
       T* to = task.to + t * task.to_row + h * task.to_head;
+      if (task.interleaved) {
+        rotate_neighbours<T, true>(to, cos, sin, task.half);
+        continue;
+      }
       rotate<T, true>(to, task.from + t * task.from_row + h * task.from_head, cos, sin, task.half,
                       task.head_dim);
       if (task.weight == nullptr) continue;

@@ -27,8 +27,42 @@ MESHLOOM_INLINE void best_of(const T* p, std::int64_t count, std::int64_t k, T* 
   }
 }
 
+/// Takes the experts of all but the best groups out of the choice.
 template <class T>
-void route(const RouteTask<T>& task) {
+void limit_groups(T* choice, std::int64_t experts, std::int64_t groups, std::int64_t top_groups,
+                  T* sums, T* best, std::int64_t* chosen) {
+  const std::int64_t size = experts / groups;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const T* x = choice + g * size;
+    T first = x[0] > x[1] ? x[0] : x[1];
+    T second = x[0] > x[1] ? x[1] : x[0];
+    for (std::int64_t e = 2; e < size; ++e) {
+      if (x[e] > first) {
+        second = first;
+        first = x[e];
+      } else if (x[e] > second) {
+        second = x[e];
+      }
+    }
+    sums[g] = first + second;
+  }
+  best_of<T>(sums, groups, top_groups, best, chosen);
+  for (std::int64_t g = 0; g < groups; ++g) {
+    bool in = false;
+    for (std::int64_t j = 0; j < top_groups; ++j) in = in || chosen[j] == g;
+    if (in) continue;
+    for (std::int64_t e = g * size; e < (g + 1) * size; ++e) {
+      choice[e] = -static_cast<T>(__builtin_inf());
+    }
+  }
+}
+
+/// @param scratch  [experts + 2 groups + k] @param group_scratch  [top_groups].
+template <class T>
+void route(const RouteTask<T>& task, T* scratch, std::int64_t* group_scratch) {
+  T* choice = scratch;
+  T* sums = choice + task.experts;
+  T* best = sums + 2 * task.groups;
   for (std::int64_t i = 0; i < task.rows; ++i) {
     const T* x = task.logits + i * task.logits_row;
     T* p = task.probabilities + i * task.experts;
@@ -50,12 +84,27 @@ void route(const RouteTask<T>& task) {
           part);
     });
     T* weights = task.weights + i * task.k;
-    best_of<T>(p, task.experts, task.k, weights, task.chosen + i * task.k);
-    if (!task.normalize) continue;
-    T chosen_sum = 0;
-    for (std::int64_t j = 0; j < task.k; ++j) chosen_sum += weights[j];
-    if (!task.softmax) chosen_sum += static_cast<T>(kSigmoidFloor);
-    for (std::int64_t j = 0; j < task.k; ++j) weights[j] /= chosen_sum;
+    std::int64_t* chosen = task.chosen + i * task.k;
+    if (task.bias == nullptr && task.groups == 1) {
+      best_of<T>(p, task.experts, task.k, weights, chosen);
+    } else {
+      for (std::int64_t e = 0; e < task.experts; ++e) {
+        choice[e] = task.bias != nullptr ? p[e] + task.bias[e] : p[e];
+      }
+      if (task.groups > 1) {
+        limit_groups<T>(choice, task.experts, task.groups, task.top_groups, sums,
+                        sums + task.groups, group_scratch);
+      }
+      best_of<T>(choice, task.experts, task.k, best, chosen);
+      for (std::int64_t j = 0; j < task.k; ++j) weights[j] = p[chosen[j]];
+    }
+    T divisor = 1;
+    if (task.normalize) {
+      divisor = task.softmax ? 0 : static_cast<T>(kSigmoidFloor);
+      for (std::int64_t j = 0; j < task.k; ++j) divisor += weights[j];
+    }
+    const T scale = static_cast<T>(task.scale);
+    for (std::int64_t j = 0; j < task.k; ++j) weights[j] = weights[j] / divisor * scale;
   }
 }
 
@@ -67,8 +116,24 @@ void route_backward(const RouteBackwardTask<T>& task) {
     const T* weights = task.weights + i * task.k;
     const std::int64_t* chosen = task.chosen + i * task.k;
     T* out = task.dlogits + i * task.experts;
+    T total = 1;
+    T common = 0;
+    if (task.extra != nullptr && !task.softmax) {
+      // Through the division of every score by their sum.
+      Vec<T> scores{};
+      Vec<T> products{};
+      for_vectors<T>(task.experts, [&](std::int64_t e, auto part) {
+        const Vec<T> score = within<T>(load<T>(p + e, part), part);
+        scores += score;
+        products += score * within<T>(load<T>(task.extra + e, part), part);
+      });
+      total = sum_lanes<T>(scores);
+      common = sum_lanes<T>(products) / total;
+    }
     for_vectors<T>(task.experts, [&](std::int64_t e, auto part) {
-      store<T>(out + e, task.extra != nullptr ? load<T>(task.extra + e, part) : Vec<T>{}, part);
+      store<T>(out + e,
+               task.extra != nullptr ? (load<T>(task.extra + e, part) - common) / total : Vec<T>{},
+               part);
     });
     T shift = 0;
     T sum = 1;
@@ -79,7 +144,10 @@ void route_backward(const RouteBackwardTask<T>& task) {
         shift += dweights[j] * weights[j];
       }
     }
-    for (std::int64_t j = 0; j < task.k; ++j) out[chosen[j]] += (dweights[j] - shift) / sum;
+    const T scale = static_cast<T>(task.scale);
+    for (std::int64_t j = 0; j < task.k; ++j) {
+      out[chosen[j]] += (scale * dweights[j] - shift) / sum;
+    }
     if (!task.softmax) {
       for_vectors<T>(task.experts, [&](std::int64_t e, auto part) {
         constexpr T kOne = 1;
