@@ -78,6 +78,7 @@ class Trainer::Impl {
   // Construction and state.
   void resolve();
   void build(std::shared_ptr<plan::BalanceStrategy> strategy);
+  void choose_exchanges();
   void resume();
   bool try_resume(const std::string& folder, Failure& failure);
   void restore(const CheckpointInfo& info);
@@ -121,6 +122,8 @@ class Trainer::Impl {
   std::unique_ptr<parallel::ModelState> state_;
   std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
   std::unique_ptr<model::BalanceLoss> balance_;
+  parallel::ExchangeOptions exchange_options_;
+  bool exchanges_told_ = false;  ///< why units use the exchanges they do
   std::unique_ptr<parallel::Executor> executor_;
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0
   std::unique_ptr<detail::RunRecords> records_;   ///< rank 0, while `run` runs
