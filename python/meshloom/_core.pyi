@@ -628,6 +628,8 @@ class TrainConfig:
     deterministic: bool
     device: str
     dtype: str
+    exchange: str
+    exchange_dtype: str
     layout: meshloom._plan.Layout
     model: ModelSection
     nan_policy: str

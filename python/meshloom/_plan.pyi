@@ -870,6 +870,12 @@ class Workload:
     def dispatch_bytes(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
+    def element_bytes(self) -> int:
+        ...
+    @element_bytes.setter
+    def element_bytes(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
     def forward_share(self) -> float:
         ...
     @forward_share.setter
@@ -882,16 +888,28 @@ class Workload:
     def gradient_bytes(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
+    def head_dim(self) -> int:
+        ...
+    @head_dim.setter
+    def head_dim(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
+    def heads(self) -> int:
+        ...
+    @heads.setter
+    def heads(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
     def hidden_bytes(self) -> float:
         ...
     @hidden_bytes.setter
     def hidden_bytes(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
-    def key_value_bytes(self) -> float:
+    def key_value_heads(self) -> int:
         ...
-    @key_value_bytes.setter
-    def key_value_bytes(self, arg0: typing.SupportsFloat) -> None:
+    @key_value_heads.setter
+    def key_value_heads(self, arg1: typing.SupportsInt) -> None:
         ...
     @property
     def layers(self) -> int:
@@ -918,6 +936,12 @@ class Workload:
     def seconds_per_work(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
+    def statistic_bytes(self) -> int:
+        ...
+    @statistic_bytes.setter
+    def statistic_bytes(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
     def step_seconds(self) -> float:
         ...
     @step_seconds.setter
@@ -929,6 +953,19 @@ class Workload:
     @weight_gradient_share.setter
     def weight_gradient_share(self, arg0: typing.SupportsFloat) -> None:
         ...
+    @property
+    def window(self) -> int:
+        ...
+    @window.setter
+    def window(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
+    def wire_bytes(self) -> int:
+        ...
+    @wire_bytes.setter
+    def wire_bytes(self, arg1: typing.SupportsInt) -> None:
+        ...
+
 class SimulatedSpan:
     """
     One instruction of one rank, in seconds.

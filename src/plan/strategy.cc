@@ -128,6 +128,12 @@ std::shared_ptr<StrategyRegistry> make_strategy_registry() {
   return registry;
 }
 
+ExchangeChooser exchange_chooser(const PlanProblem& problem) {
+  std::optional<ExchangeModel> model = problem.exchange;
+  if (model) model->ranks_per_node = problem.ranks_per_node;
+  return {std::move(model), problem.exchange_rules};
+}
+
 StepPlan make_plan(const PlanProblem& problem, const std::string& name,
                    const BalanceStrategy& strategy) {
   problem.validate();
@@ -147,6 +153,9 @@ StepPlan make_plan(const PlanProblem& problem, const std::string& name,
   plan.cost = problem.cost;
   plan.samples = problem.samples;
   plan.slots = strategy.assign(problem);
+  if (problem.exchange || !problem.exchange_rules.empty()) {
+    exchange_chooser(problem).apply_(plan.slots, plan.samples);
+  }
   predict_(plan);
   verify(plan);
   return plan;

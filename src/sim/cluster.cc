@@ -134,7 +134,14 @@ Workload Workload::from_yaml(const std::string& text, const std::string& name,
   amount("seconds_per_work", workload.seconds_per_work);
   amount("forward_share", workload.forward_share);
   amount("weight_gradient_share", workload.weight_gradient_share);
-  amount("key_value_bytes", workload.key_value_bytes);
+  plan::ExchangeShape& attention = workload.attention;
+  reader.read("heads", attention.heads);
+  reader.read("key_value_heads", attention.key_value_heads);
+  reader.read("head_dim", attention.head_dim);
+  reader.read("window", attention.window);
+  reader.read("element_bytes", attention.element_bytes);
+  reader.read("wire_bytes", attention.wire_bytes);
+  reader.read("statistic_bytes", attention.statistic_bytes);
   amount("hidden_bytes", workload.hidden_bytes);
   amount("saved_bytes", workload.saved_bytes);
   amount("parameter_bytes", workload.parameter_bytes);
@@ -143,6 +150,11 @@ Workload Workload::from_yaml(const std::string& text, const std::string& name,
   amount("step_seconds", workload.step_seconds);
   reader.finish();
   reader.need(workload.layers >= 1, "layers", "expected at least 1");
+  try {
+    attention.validate();
+  } catch (const InvalidArgument& error) {
+    reader.need(false, "heads", error.what());
+  }
   reader.need(workload.seconds_per_work > 0.0, "seconds_per_work", "expected > 0");
   reader.need(workload.forward_share + workload.weight_gradient_share <= 1.0, "forward_share",
               "expected at most 1 with weight_gradient_share");
@@ -169,7 +181,6 @@ Workload Workload::llama_7b() {
   Workload workload;
   workload.layers = static_cast<int>(kLayers);
   workload.seconds_per_work = 1.0;
-  workload.key_value_bytes = 2 * 8 * 128 * 2;  // K and V, 8 groups of 128, bf16
   workload.hidden_bytes = 4096 * 2;
   workload.saved_bytes = 34 * 4096;  // Korthikanti et al. 2022, eq. 1, with flash attention
   workload.parameter_bytes = 6.7e9 * 2;

@@ -97,15 +97,14 @@ Price Prices::of(int rank, const Instruction& instruction) {
     case Op::kLoad:
       return {.exposed = cluster_.loader_seconds};
     case Op::kForward:
-      return compute(rank, instruction, workload_.forward_share, 1.0);
+      return compute(rank, instruction, workload_.forward_share, true);
     case Op::kBackward: {
       double share = 1.0 - workload_.forward_share;
       if (instruction.defer_weight_gradient) share -= workload_.weight_gradient_share;
-      // Keys and values travel again, and their gradients with them.
-      return compute(rank, instruction, share, 2.0);
+      return compute(rank, instruction, share, true);
     }
     case Op::kWeightGradient:
-      return compute(rank, instruction, workload_.weight_gradient_share, 0.0);
+      return compute(rank, instruction, workload_.weight_gradient_share, false);
     case Op::kReduce:
     case Op::kStep: {
       Price price;
@@ -119,18 +118,14 @@ Price Prices::of(int rank, const Instruction& instruction) {
   return {};
 }
 
-Price Prices::compute(int rank, const Instruction& instruction, double share,
-                      double exchange_rounds) {
+Price Prices::compute(int rank, const Instruction& instruction, double share, bool exchanges) {
   const auto* facts = unit_of(instruction);
   Price price;
   if (facts) {
     const double scale =
         workload_.seconds_per_work * share / (pieces_ * plan_.layout.tp * cluster_.rate_of(rank));
     price.compute = scale * (facts->work / facts->degree + plan_.cost.fixed);
-    if (facts->degree > 1 && exchange_rounds > 0.0) {
-      const double attention = scale * facts->quadratic / facts->degree / piece_layers();
-      add_exchange(*facts, attention, exchange_rounds, price);
-    }
+    if (facts->degree > 1 && exchanges) add_exchange(instruction, price);
   }
   for (const auto& rendezvous : instruction.rendezvous) {
     if (rendezvous.kind == RendezvousKind::kExchange) continue;
@@ -145,18 +140,43 @@ Price Prices::compute(int rank, const Instruction& instruction, double share,
   return price;
 }
 
-/// A ring of D members makes D - 1 transfers a layer and round, each beside the attention of one
-/// block; only what is longer than that is exposed.
-void Prices::add_exchange(const UnitFacts& facts, double attention_per_layer, double rounds,
-                          Price& price) const {
-  const double bytes =
-      rounds * facts.tokens / facts.degree * workload_.key_value_bytes / plan_.layout.tp;
-  const double transfer = facts.ring.seconds(bytes);
-  const double hidden = attention_per_layer / facts.degree;
-  const double steps = piece_layers() * (facts.degree - 1);
-  price.inside += steps * bytes * facts.share_inside;
-  price.between += steps * bytes * (1.0 - facts.share_inside);
-  price.exposed += steps * std::max(0.0, transfer - hidden);
+plan::ExchangeCandidate Prices::predict(const plan::Unit& unit, const UnitFacts& facts,
+                                        bool deferred) const {
+  plan::ExchangeModel model;
+  model.shape = workload_.attention;
+  // A document of s tokens has s^2 / 2 pairs.
+  const double pair = 2.0 * plan_.cost.quadratic * workload_.seconds_per_work /
+                      (workload_.layers * plan_.layout.tp * cluster_.compute_rate);
+  model.forward_pair_seconds = pair * workload_.forward_share;
+  model.backward_pair_seconds =
+      pair * (1.0 - workload_.forward_share - (deferred ? workload_.weight_gradient_share : 0.0));
+  const auto figures = [&](const Link& link) {
+    return plan::LinkFigures{.bandwidth = link.bandwidth * plan_.layout.tp,
+                             .latency = link.latency};
+  };
+  model.inside = figures(cluster_.inside);
+  // What leaves a node may share its link with other units of the slot.
+  model.between = figures(facts.share_inside < 1.0 ? facts.ring : cluster_.between);
+  model.ranks_per_node = std::max(1, cluster_.ranks_per_node / plan_.layout.tp);
+  std::vector<std::int64_t> lengths;
+  for (const auto id : unit.samples) lengths.push_back(tokens_.at(id));
+  return plan::predict_exchange(model, lengths, unit.ranks, unit.exchange, unit.ulysses_degree);
+}
+
+/// The mean member's bytes; tensor ranks move a part of the heads each.
+void Prices::add_exchange(const Instruction& instruction, Price& price) {
+  UnitFacts& facts = facts_[as_size(instruction.slot)][as_size(instruction.unit)];
+  auto& known = instruction.defer_weight_gradient ? facts.deferred : facts.exchange;
+  if (!known) {
+    known = predict(plan_.slots[as_size(instruction.slot)].units[as_size(instruction.unit)], facts,
+                    instruction.defer_weight_gradient);
+  }
+  const bool forward = instruction.op == Op::kForward;
+  const double bytes = static_cast<double>(forward ? known->bytes.forward : known->bytes.backward) *
+                       piece_layers() / facts.degree / plan_.layout.tp;
+  price.inside += bytes * facts.share_inside;
+  price.between += bytes * (1.0 - facts.share_inside);
+  price.exposed += piece_layers() * (forward ? known->exposed_forward : known->exposed_backward);
 }
 
 void Prices::add_meeting(int rank, const Instruction& instruction,

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "meshloom/core/error.h"
+#include "meshloom/plan/exchange_choice.h"
 #include "train/internal/config_yaml.h"
 
 namespace meshloom::train {
@@ -66,6 +67,12 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   check.at_least("global_batch_tokens", static_cast<double>(c.global_batch_tokens), 1);
   check.at_least("capacity_tokens", static_cast<double>(c.capacity_tokens), 0);
   if (c.strategy.empty()) check.add("strategy", "the name is empty");
+  try {
+    (void)plan::parse_exchange_rules(c.exchange);
+  } catch (const Error& error) {
+    check.add("exchange", error.what());
+  }
+  check.one_of("exchange_dtype", c.exchange_dtype, {"same", "float32", "bfloat16"});
   if (c.cost) {
     try {
       c.cost->validate();

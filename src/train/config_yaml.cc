@@ -101,6 +101,8 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("global_batch_tokens", config.global_batch_tokens);
   visit("capacity_tokens", config.capacity_tokens);
   visit("strategy", config.strategy);
+  visit("exchange", config.exchange);
+  visit("exchange_dtype", config.exchange_dtype);
   visit("cost", config.cost);
   visit("aux_loss_coefficient", config.aux_loss_coefficient);
   visit("aux_loss", config.aux_loss);

@@ -9,11 +9,15 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
 #include <thread>
 #include <utility>
 
 #include "meshloom/core/error.h"
 #include "meshloom/model/pretrained.h"
+#include "meshloom/parallel/exchange_figures.h"
+#include "meshloom/plan/exchange_choice.h"
 #include "train/internal/trainer_impl.h"
 
 namespace meshloom::train {
@@ -108,6 +112,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
       failure = detail::current_failure();
     }
     agree(kStateWhere, failure);
+    choose_exchanges();
     const std::string print = loader_->fingerprint();
     const std::vector<std::string> prints = detail::gather_text(world_, print);
     failure.reset();
@@ -192,7 +197,11 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
   options.recompute = model::parse_recompute(config_.parallel.recompute);
-  executor_ = std::make_unique<parallel::Executor>(stages_, placement_, *groups_, options);
+  if (config_.exchange_dtype != "same") {
+    exchange_options_.wire_type = detail::parse_dtype_name(config_.exchange_dtype);
+  }
+  executor_ = std::make_unique<parallel::Executor>(
+      stages_, placement_, *groups_, options, parallel::make_exchange_factory(exchange_options_));
 
   if (!config_.cost) cost_fit_ = CostRefiner(model_cost(model_));
   fit_costs_ = !config_.cost && !config_.deterministic;
@@ -206,6 +215,43 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   planner_ = std::make_unique<detail::StepPlanner>(
       loader_, std::move(strategy), config_.strategy, std::move(problem),
       detail::compile_options(placement_, config_.parallel.pipeline));
+}
+
+/// Figures are measured by all ranks, so not between what may fail on one. In deterministic mode
+/// nothing may depend on them: ring, or what the rules name.
+void Trainer::Impl::choose_exchanges() {
+  std::vector<plan::ExchangeRule> rules = plan::parse_exchange_rules(config_.exchange);
+  const bool by_figures = rules.empty() || std::any_of(rules.begin(), rules.end(), [](auto& rule) {
+                            return !rule.exchange || *rule.exchange == plan::Exchange::kRingUlysses;
+                          });
+  std::optional<plan::ExchangeModel> model;
+  if (by_figures && config_.layout.hdp > 1 && !config_.deterministic) {
+    const at::ScalarType type = detail::parse_dtype_name(config_.dtype);
+    const auto element = static_cast<std::int64_t>(c10::elementSize(type));
+    const auto wire =
+        exchange_options_.wire_type
+            ? static_cast<std::int64_t>(c10::elementSize(*exchange_options_.wire_type))
+            : element;
+    const int tp = config_.layout.tp;
+    // Layers may differ; one that sees everything moves most.
+    const auto [narrow, wide] = std::minmax_element(model_.windows.begin(), model_.windows.end());
+    const std::int64_t window = model_.windows.empty() || *narrow == 0 ? 0 : *wide;
+    model = parallel::measure_exchange(
+        groups_->hdp(),
+        {.shape = {.heads = model_.heads / tp,
+                   .key_value_heads =
+                       std::gcd(model_.heads / tp, std::max<std::int64_t>(1, model_.kv_heads / tp)),
+                   .head_dim = model_.head_dim,
+                   .window = window,
+                   .element_bytes = element,
+                   .wire_bytes = std::min(wire, element),
+                   .statistic_bytes = type == at::kDouble ? 8 : 4},
+         .type = type,
+         .device = device_,
+         .layers = static_cast<int>(model_.layers),
+         .ranks_per_node = hosts_.ranks_per_host / tp});
+  }
+  if (planner_) planner_->set_exchanges(std::move(model), std::move(rules));
 }
 
 std::vector<CheckpointPart> Trainer::Impl::shard_states() const {

@@ -95,7 +95,13 @@ detail::StepOrder Trainer::Impl::next_order(StepMetrics& metrics) {
     metrics.extra["plan_seconds"] = result.seconds;
     if (next_step_ + 1 < config_.steps) planner_->start(next_step_ + 1, cost_fit_.model());
   }
-  return detail::StepOrder::from_bytes(bytes);
+  detail::StepOrder order = detail::StepOrder::from_bytes(bytes);
+  if (planner_ && !exchanges_told_) {
+    std::string table = planner_->exchange_table(order.plan);
+    exchanges_told_ = !table.empty();
+    if (exchanges_told_) notices_.push_back(std::move(table));
+  }
+  return order;
 }
 
 parallel::SampleLoader Trainer::Impl::sample_loader(const data::StepMembership& members) const {
@@ -469,7 +475,8 @@ double Trainer::Impl::evaluate() {
       order.plan, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
   parallel::ExecutorOptions options;
   options.record_spans = false;
-  parallel::Executor evaluator(stages_, placement_, *groups_, options);
+  parallel::Executor evaluator(stages_, placement_, *groups_, options,
+                               parallel::make_exchange_factory(exchange_options_));
   const parallel::StepOutcome outcome =
       evaluator.evaluate(order.plan, program, sample_loader(order.membership), *state_);
   double loss = 0.0;

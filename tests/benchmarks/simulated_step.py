@@ -207,7 +207,10 @@ def simulated(run: Path, step: int, facts: dict[str, Any]) -> float:
     workload = ml.Workload()
     workload.layers = MODEL["num_hidden_layers"]
     workload.seconds_per_work = 1.0
-    workload.key_value_bytes = 2 * 4 * MODEL["num_key_value_heads"] * MODEL["head_dim"]
+    workload.heads = MODEL["num_attention_heads"]
+    workload.key_value_heads = MODEL["num_key_value_heads"]
+    workload.head_dim = MODEL["head_dim"]
+    workload.element_bytes = workload.wire_bytes = 4
     workload.gradient_bytes = float(PARAMETER_BYTES)
     workload.parameter_bytes = 0.0
     workload.step_seconds = facts["step_seconds"]

@@ -87,7 +87,7 @@ def test_processes_and_the_balance_loss(build_dir: Path, case: dict, tmp_path: P
     check(dump, case, "balanced")
 
 
-@pytest.mark.parametrize("exchange", ["ring", "all_gather", "ulysses"])
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "ulysses", "ring_ulysses"])
 def test_given_plan(build_dir: Path, case: dict, tmp_path: Path, exchange: str) -> None:
     """A plan written by `meshloom plan`, changed by hand: other ranks, order and exchange."""
     lengths = tmp_path / "lengths.jsonl"
@@ -101,6 +101,8 @@ def test_given_plan(build_dir: Path, case: dict, tmp_path: Path, exchange: str) 
             unit["ranks"] = [3 - rank for rank in unit["ranks"]]
             if len(unit["ranks"]) > 1:
                 unit["exchange"] = exchange
+                if exchange == "ring_ulysses":
+                    unit["ulysses_degree"] = next(u for u in (2, 3, 1) if len(unit["ranks"]) % u == 0)
     plan.write_text(json.dumps(tree))
     dump = tmp_path / "out.safetensors"
     meshloom(build_dir, *arguments(case, dump), "--plan", plan)

@@ -6,7 +6,7 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/attention_exchange.h"
-#include "meshloom/parallel/ring_exchange.h"
+#include "meshloom/parallel/exchange_buffers.h"
 #include "meshloom/parallel/span.h"
 #include "meshloom/plan/step_plan.h"
 
@@ -19,9 +19,12 @@ using ExchangeFactory = std::function<std::unique_ptr<model::AttentionExchange>(
     std::shared_ptr<ExchangeBuffers> buffers)>;
 
 /// The exchange that the unit names: the factory that executors use by default.
-/// @throws NotSupported  the unit's exchange is not built; names it.
+/// @throws InvalidArgument  this rank is not in the unit, or its ulysses_degree no divisor.
 [[nodiscard]] MESHLOOM_API std::unique_ptr<model::AttentionExchange> make_exchange(
     const comm::Communicator& hdp, const plan::Unit& unit, SpanSink spans,
     std::shared_ptr<ExchangeBuffers> buffers = {});
+
+/// The same with options.
+[[nodiscard]] MESHLOOM_API ExchangeFactory make_exchange_factory(ExchangeOptions options);
 
 }  // namespace meshloom::parallel

@@ -1,19 +1,22 @@
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/attention_exchange.h"
+#include "meshloom/parallel/exchange_buffers.h"
 #include "meshloom/parallel/span.h"
 
 namespace meshloom::parallel {
 
 /// Attention over one unit with all keys and values gathered by one grouped call: every rank sends
-/// its block to all others and computes on its own while theirs arrive; in backward it gathers
-/// again and sends every gradient home in one call. As many bytes as the ring in fewer, larger
-/// steps, for the memory of all blocks at once: best where K/V heads are few and groups small.
-/// Results are bit for bit the ring's forward, since blocks are merged in the same order.
+/// to each of the others what that one attends to and computes on its own block meanwhile; in
+/// backward it gathers again and sends every gradient home in one call. As many bytes as the ring
+/// in fewer, larger steps, for the memory of all blocks at once: best where K/V heads are few and
+/// groups small. Results are bit for bit the ring's forward, since blocks are merged in the same
+/// order.
 ///
 /// One instance a micro-batch; all ranks of the unit make the same calls. A failed exchange leaves
 /// the communicator aborted.
@@ -22,7 +25,10 @@ class MESHLOOM_API GatherExchange final : public model::AttentionExchange {
   /// @param hdp    communicator over the HDP axis
   /// @param ranks  the unit's ranks on it; contains hdp.rank()
   /// @param spans  told of every transfer and every wait; may be empty
-  GatherExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans = {});
+  /// @param buffers  shared with the rank's other exchanges; none: its own
+  GatherExchange(comm::Communicator hdp, std::vector<int> ranks, SpanSink spans = {},
+                 std::shared_ptr<ExchangeBuffers> buffers = {}, ExchangeOptions options = {});
+  ~GatherExchange() override;
 
   model::AttentionOutput forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const model::SequenceBatch& batch,
@@ -34,17 +40,8 @@ class MESHLOOM_API GatherExchange final : public model::AttentionExchange {
                                      const model::AttentionOptions& options) override;
 
  private:
-  struct Gathered;
-  [[nodiscard]] int degree() const { return static_cast<int>(ranks_.size()); }
-  /// Posts the gather; block 0 is the own one, block s that of member index - s.
-  [[nodiscard]] Gathered gather(const at::Tensor& k, const at::Tensor& v,
-                                const model::SequenceBatch& batch);
-  [[nodiscard]] int member(int step) const { return (index_ + degree() - step) % degree(); }
-
-  comm::Communicator hdp_;
-  std::vector<int> ranks_;
-  int index_ = 0;
-  SpanSink spans_;
+  class Impl;
+  std::unique_ptr<Impl> impl_;
 };
 
 }  // namespace meshloom::parallel

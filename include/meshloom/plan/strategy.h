@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "meshloom/core/export.h"
 #include "meshloom/core/registry.h"
+#include "meshloom/plan/exchange_choice.h"
 #include "meshloom/plan/step_plan.h"
 
 namespace meshloom::plan {
@@ -23,6 +25,10 @@ struct MESHLOOM_API PlanProblem {
   std::vector<SampleInfo> samples;
   /// HDP ranks a node holds; 0: one node. Units inside a node are preferred.
   int ranks_per_node = 0;
+  /// Model and machine as far as exchanges depend on them; none: units keep the strategy's choice,
+  /// which is ring. `ranks_per_node` here counts, not the one inside.
+  std::optional<ExchangeModel> exchange;
+  std::vector<ExchangeRule> exchange_rules;
 
   /// Most tokens of one sample, and of a rank's capacity: sums and squares stay exact enough.
   static constexpr std::int64_t kMaxTokens = std::int64_t{1} << 40;
@@ -58,8 +64,13 @@ using StrategyRegistry = Registry<BalanceStrategy>;
 [[nodiscard]] MESHLOOM_API std::shared_ptr<BalanceStrategy> make_strategy(
     std::function<std::vector<Slot>(const PlanProblem&)> assign);
 
-/// Validates the problem, runs the strategy, fills the prediction and verifies the result. With
-/// ep > 1 a `lockstep` of none becomes ep: dispatch is wider than a unit.
+/// What `make_plan` chooses exchanges with.
+/// @throws InvalidArgument  the problem's exchange model is malformed.
+[[nodiscard]] MESHLOOM_API ExchangeChooser exchange_chooser(const PlanProblem& problem);
+
+/// Validates the problem, runs the strategy, chooses the exchange of units that it left at ring,
+/// fills the prediction and verifies the result. With ep > 1 a `lockstep` of none becomes ep:
+/// dispatch is wider than a unit.
 /// @throws InvalidArgument  the problem is malformed.
 /// @throws PlanError        the strategy broke a contract; names slot, unit, rank, sample.
 [[nodiscard]] MESHLOOM_API StepPlan make_plan(const PlanProblem& problem, const std::string& name,

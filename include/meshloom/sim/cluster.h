@@ -6,6 +6,7 @@
 #include <string>
 
 #include "meshloom/core/export.h"
+#include "meshloom/plan/exchange_traffic.h"
 #include "meshloom/plan/step_plan.h"
 
 namespace meshloom::sim {
@@ -63,8 +64,15 @@ struct MESHLOOM_API Workload {
   double seconds_per_work = 1.0;
   double forward_share = 1.0 / 3.0;          ///< of that, spent in forward
   double weight_gradient_share = 1.0 / 3.0;  ///< of that, spent on weight gradients
-  double key_value_bytes = 4096.0;           ///< of one token and layer: K and V heads on the wire
-  double hidden_bytes = 8192.0;              ///< of one token between stages
+  /// Heads and bytes of attention, which exchanges move: those of a 7B model with 8 K/V heads.
+  plan::ExchangeShape attention{.heads = 32,
+                                .key_value_heads = 8,
+                                .head_dim = 128,
+                                .window = 0,
+                                .element_bytes = 2,
+                                .wire_bytes = 2,
+                                .statistic_bytes = 4};
+  double hidden_bytes = 8192.0;   ///< of one token between stages
   double saved_bytes = 65536.0;   ///< of one token and layer, kept from forward to backward
   double parameter_bytes = 14e9;  ///< of the whole model as gathered
   double gradient_bytes = 28e9;   ///< of the whole model as reduced

@@ -91,8 +91,12 @@ struct MESHLOOM_API TrainConfig {
   std::int64_t global_batch_tokens = 0;
   std::int64_t capacity_tokens = 0;  ///< of one rank for one unit; 0: see `resolve`
   std::string strategy = "balanced";
-  std::optional<CostModel> cost;           ///< absent: measured while training
-  double aux_loss_coefficient = -1.0;      ///< negative: the model config's
+  /// How ranks of a unit share keys and values: `auto`, by figures measured when the run starts, or
+  /// rules as `plan::parse_exchange_rules` reads them.
+  std::string exchange = "auto";
+  std::string exchange_dtype = "same";  ///< keys and values between ranks: same, float32, bfloat16
+  std::optional<CostModel> cost;        ///< absent: measured while training
+  double aux_loss_coefficient = -1.0;   ///< negative: the model config's
   std::string aux_loss = "global_lagged";  ///< none, sequence, global_lagged, global
   /// How far correction biases of routers move a step; negative: 0.001 where the model has them.
   double bias_update_speed = -1.0;

@@ -118,6 +118,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("global_batch_tokens", &TrainConfig::global_batch_tokens)
       .def_readwrite("capacity_tokens", &TrainConfig::capacity_tokens)
       .def_readwrite("strategy", &TrainConfig::strategy)
+      .def_readwrite("exchange", &TrainConfig::exchange)
+      .def_readwrite("exchange_dtype", &TrainConfig::exchange_dtype)
       .def_readwrite("cost", &TrainConfig::cost)
       .def_readwrite("aux_loss", &TrainConfig::aux_loss)
       .def_readwrite("aux_loss_coefficient", &TrainConfig::aux_loss_coefficient)

@@ -54,7 +54,27 @@ void bind_cluster(py::module_& module) {
       .def_readwrite("seconds_per_work", &Workload::seconds_per_work)
       .def_readwrite("forward_share", &Workload::forward_share)
       .def_readwrite("weight_gradient_share", &Workload::weight_gradient_share)
-      .def_readwrite("key_value_bytes", &Workload::key_value_bytes)
+      .def_property(
+          "heads", [](const Workload& w) { return w.attention.heads; },
+          [](Workload& w, std::int64_t value) { w.attention.heads = value; })
+      .def_property(
+          "key_value_heads", [](const Workload& w) { return w.attention.key_value_heads; },
+          [](Workload& w, std::int64_t value) { w.attention.key_value_heads = value; })
+      .def_property(
+          "head_dim", [](const Workload& w) { return w.attention.head_dim; },
+          [](Workload& w, std::int64_t value) { w.attention.head_dim = value; })
+      .def_property(
+          "window", [](const Workload& w) { return w.attention.window; },
+          [](Workload& w, std::int64_t value) { w.attention.window = value; })
+      .def_property(
+          "element_bytes", [](const Workload& w) { return w.attention.element_bytes; },
+          [](Workload& w, std::int64_t value) { w.attention.element_bytes = value; })
+      .def_property(
+          "wire_bytes", [](const Workload& w) { return w.attention.wire_bytes; },
+          [](Workload& w, std::int64_t value) { w.attention.wire_bytes = value; })
+      .def_property(
+          "statistic_bytes", [](const Workload& w) { return w.attention.statistic_bytes; },
+          [](Workload& w, std::int64_t value) { w.attention.statistic_bytes = value; })
       .def_readwrite("hidden_bytes", &Workload::hidden_bytes)
       .def_readwrite("saved_bytes", &Workload::saved_bytes)
       .def_readwrite("parameter_bytes", &Workload::parameter_bytes)

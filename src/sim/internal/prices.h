@@ -1,11 +1,13 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "meshloom/mesh/rank_list.h"
+#include "meshloom/plan/exchange_choice.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/step_plan.h"
 #include "meshloom/sim/cluster.h"
@@ -22,6 +24,9 @@ struct UnitFacts {
   int degree = 1;
   Link ring;                  ///< slowest link between neighbours
   double share_inside = 0.0;  ///< of the ring's edges
+  /// The unit's exchange, a layer, and the one whose weight gradients come later.
+  std::optional<plan::ExchangeCandidate> exchange;
+  std::optional<plan::ExchangeCandidate> deferred;
 };
 
 /// What one instruction costs the rank that runs it, and what it sends.
@@ -98,13 +103,13 @@ class Prices {
                                    const std::unordered_map<int, int>& leaving) const;
   /// World ranks of ring member `at` and of whom it sends to, of the first tensor rank and stage.
   [[nodiscard]] std::pair<int, int> edge(const plan::Unit& unit, std::size_t at) const;
+  [[nodiscard]] plan::ExchangeCandidate predict(const plan::Unit& unit, const UnitFacts& facts,
+                                                bool deferred) const;
   [[nodiscard]] const UnitFacts* unit_of(const plan::Instruction& instruction) const;
   [[nodiscard]] double member_tokens(const plan::Instruction& instruction) const;
   [[nodiscard]] double piece_layers() const;
-  Price compute(int rank, const plan::Instruction& instruction, double share,
-                double exchange_rounds);
-  void add_exchange(const UnitFacts& facts, double attention_per_layer, double rounds,
-                    Price& price) const;
+  Price compute(int rank, const plan::Instruction& instruction, double share, bool exchanges);
+  void add_exchange(const plan::Instruction& instruction, Price& price);
   void add_meeting(int rank, const plan::Instruction& instruction,
                    const plan::Rendezvous& rendezvous, Price& price);
   void add_replicas(int rank, const plan::Instruction& instruction, Price& price);

@@ -6,6 +6,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "meshloom/data/loader.h"
 #include "meshloom/plan/program.h"
@@ -30,6 +32,17 @@ class StepPlanner {
   /// @param problem  layout, capacity and the like; samples and cost are filled per step
   StepPlanner(std::shared_ptr<data::Loader> loader, std::shared_ptr<plan::BalanceStrategy> strategy,
               std::string strategy_name, plan::PlanProblem problem, plan::CompileOptions compile);
+
+  /// What units' exchanges are chosen by; before the first step.
+  void set_exchanges(std::optional<plan::ExchangeModel> model,
+                     std::vector<plan::ExchangeRule> rules) {
+    problem_.exchange = std::move(model);
+    problem_.exchange_rules = std::move(rules);
+  }
+  /// Why the units of `plan` use their exchanges; empty where none has two ranks.
+  [[nodiscard]] std::string exchange_table(const plan::StepPlan& plan) const {
+    return plan::exchange_chooser(problem_).table(plan);
+  }
 
   /// Begins to plan `step`: membership, plan, programs of all ranks, verification.
   void start(std::int64_t step, const CostModel& cost);

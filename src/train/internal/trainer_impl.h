@@ -79,6 +79,7 @@ class Trainer::Impl {
   // Construction and state.
   void resolve();
   void build(std::shared_ptr<plan::BalanceStrategy> strategy);
+  void choose_exchanges();
   void resume();
   bool try_resume(const std::string& folder, Failure& failure);
   void restore(const CheckpointInfo& info);
@@ -125,6 +126,8 @@ class Trainer::Impl {
   std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
   double bias_update_speed_ = 0.0;
   std::unique_ptr<model::BalanceLoss> balance_;
+  parallel::ExchangeOptions exchange_options_;
+  bool exchanges_told_ = false;  ///< why units use the exchanges they do
   std::unique_ptr<parallel::Executor> executor_;
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0
   std::unique_ptr<detail::RunLock> lock_;         ///< rank 0, once the run folder is in use

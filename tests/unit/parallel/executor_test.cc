@@ -87,8 +87,6 @@ TEST(Executor, PlansThatAreNotBuiltAreRefusedByName) {
     }
   };
   refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
-  refused([](auto& plan) { plan.slots[0].units[0].exchange = plan::Exchange::kRingUlysses; },
-          "exchange \"ring_ulysses\" is not built");
   EXPECT_EQ(world[0].traffic().size(), 0U) << "nothing has run";
 }
 

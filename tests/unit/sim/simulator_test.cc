@@ -151,15 +151,20 @@ TEST(Simulator, ExposesOnlyTransferBeyondComputation) {
   auto workload = unit_workload(1.0 / 3.0);
   workload.parameter_bytes = workload.gradient_bytes = 0.0;
   EXPECT_NEAR(simulate(plan, programs, cluster, workload).exposed[0], 0.0, kRounding);
-  // One block of keys and values: 1,024 tokens of 4,096 bytes. Made twice as long as the attention
-  // of a forward ring step, half of it shows, in 3 steps of 8 layers.
+  // A block of keys and values: 1,024 tokens of 2 * 8 * 128 values of two bytes, their gradients of
+  // four. Keys take twice as long as a forward ring step of attention.
   const double attention = 1e-6 * 4096.0 * 4096.0 / 4 / 3 / 8 / 4;
-  cluster.inside.bandwidth = 1024.0 * workload.key_value_bytes / (2.0 * attention);
+  constexpr double kBlock = 1024.0 * 2 * 8 * 128 * 2;
+  cluster.inside.bandwidth = kBlock / (2.0 * attention);
   const auto slow = simulate(plan, programs, cluster, workload);
-  // Backward: twice the bytes and, with two thirds of the work, twice the time to hide them.
-  EXPECT_NEAR(slow.exposed[0], 3 * 8 * (attention + 2.0 * attention), 1e-3 * attention);
+  // Forward: 3 calls that show half. Backward, whose steps compute twice as long, counted in
+  // attention: keys 2 beside half of the own block 1; keys 2 beside 2; keys and gradients 6 beside
+  // 2; gradients 4 beside 2; gradients 4 beside the other half 1.
+  EXPECT_NEAR(slow.exposed[0], 8 * (3 + 1 + 0 + 4 + 2 + 3) * attention, 1e-3 * attention);
   EXPECT_EQ(slow.bytes_between, 0.0);
-  EXPECT_NEAR(slow.bytes_inside, 4 * 3.0 * 3 * 8 * 1024.0 * workload.key_value_bytes, 1.0);
+  // All others need the first half of the document, and m members chunk 7 - m: 1.5 blocks a pair.
+  const double rows_in_blocks = 4.0 * 3 / 2 * 1.5;
+  EXPECT_NEAR(slow.bytes_inside, 8 * rows_in_blocks * kBlock * (1 + 1 + 2), 1.0);
 }
 
 TEST(Simulator, UnitsOfASlotShareTheirNodesLink) {
@@ -178,7 +183,14 @@ TEST(Simulator, UnitsOfASlotShareTheirNodesLink) {
   const auto programs = plan::compile(plan, {.layers = 1});
   Workload workload = unit_workload(1.0 / 3.0);
   workload.layers = 1;
-  workload.key_value_bytes = 10.0;
+  // Keys and values of 10 bytes a token, gradients of as many.
+  workload.attention = {.heads = 1,
+                        .key_value_heads = 1,
+                        .head_dim = 5,
+                        .window = 0,
+                        .element_bytes = 1,
+                        .wire_bytes = 1,
+                        .statistic_bytes = 1};
   workload.parameter_bytes = workload.gradient_bytes = 0.0;
   Cluster cluster = free_communication();
   cluster.ranks_per_node = 3;

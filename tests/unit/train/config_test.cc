@@ -29,6 +29,8 @@ threads: 3
 global_batch_tokens: 1_000_000
 capacity_tokens: 65536
 strategy: naive_hdp
+exchange: "ring:2-4:-8192,auto"
+exchange_dtype: bfloat16
 cost: {quadratic: 1.5, linear: 20000, fixed: 1e-3, exchange: 0.25}
 aux_loss_coefficient: 0.01
 aux_loss: sequence
@@ -73,6 +75,8 @@ checkpoint: {every_steps: 4, every_minutes: 1.5, keep: 3, resume: false}
   EXPECT_EQ(config.global_batch_tokens, 1'000'000);
   ASSERT_TRUE(config.cost.has_value());
   EXPECT_EQ(config.cost->exchange, 0.25);
+  EXPECT_EQ(config.exchange, "ring:2-4:-8192,auto");
+  EXPECT_EQ(config.exchange_dtype, "bfloat16");
   EXPECT_EQ(config.model.preset,
             R"({"model_type":"llama","vocab_size":1024,"hidden_size":64,"intermediate_size":96,)"
             R"("num_hidden_layers":2,"num_attention_heads":4,"rms_norm_eps":1e-05,)"

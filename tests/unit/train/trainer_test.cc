@@ -104,6 +104,49 @@ TEST(Trainer, EveryRankCountAndStrategyTrainsAlike) {
   }
 }
 
+/// Exchanges of the units of two or more ranks in the first step's plan, and the first notice.
+std::pair<std::vector<plan::Exchange>, std::string> exchanges_of(const TrainConfig& config) {
+  std::pair<std::vector<plan::Exchange>, std::string> result;
+  with_trainer(4, config, tiny_dense(), [&](Trainer& trainer, int rank) {
+    static_cast<void>(trainer.step());
+    if (rank != 0) return;
+    for (const plan::Slot& slot : trainer.last_plan().slots) {
+      for (const plan::Unit& unit : slot.units) {
+        if (unit.ranks.size() > 1) result.first.push_back(unit.exchange);
+      }
+    }
+    if (!trainer.notices().empty()) result.second = trainer.notices().front();
+  });
+  return result;
+}
+
+TEST(Trainer, UnitsUseTheExchangeThatRulesOrFiguresName) {
+  const TemporaryFolder folder;
+  TrainConfig config = tiny_config(folder.file("run"), 2);
+  config.strategy = "static";  // every document on every rank that the longest needs
+  config.deterministic = false;
+  config.exchange = "all_gather:-3,ulysses";
+  const auto [named, by_rule] = exchanges_of(config);
+  ASSERT_FALSE(named.empty());
+  for (const plan::Exchange exchange : named) {
+    EXPECT_TRUE(exchange == plan::Exchange::kAllGather || exchange == plan::Exchange::kUlysses);
+  }
+  EXPECT_NE(by_rule.find("by rule"), std::string::npos) << by_rule;
+
+  config.exchange = "auto";
+  config.exchange_dtype = "bfloat16";
+  const auto [measured, table] = exchanges_of(config);
+  EXPECT_EQ(measured.size(), named.size());
+  for (const char* word : {"ring ", "all_gather ", "ulysses ", "exposed"}) {
+    EXPECT_NE(table.find(word), std::string::npos) << table;
+  }
+
+  config.deterministic = true;
+  for (const plan::Exchange exchange : exchanges_of(config).first) {
+    EXPECT_EQ(exchange, plan::Exchange::kRing);
+  }
+}
+
 TEST(Trainer, ResumesBitForBit) {
   for (const char* dtype : {"float32", "bfloat16"}) {
     const TemporaryFolder folder;
