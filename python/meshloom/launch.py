@@ -116,7 +116,7 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
     """Runs `meshloom ARGUMENTS` on `ranks` processes and returns the exit code.
 
     SIGINT and SIGTERM ask the ranks to finish their step and save (mpirun itself would kill them
-    after a second); a second SIGINT or SIGTERM ends them.
+    after a second); a second SIGINT or SIGTERM ends them. SIGUSR1 and SIGUSR2 are passed on.
     """
     if ranks < 1:
         raise InvalidArgument(f"[launch] ranks is {ranks}, expected at least 1")
@@ -140,7 +140,9 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if number == signal.SIGUSR1 or not asked:
+        if number == signal.SIGUSR2:
+            process.send_signal(number)
+        elif number == signal.SIGUSR1 or not asked:
             asked = asked or number != signal.SIGUSR1
             process.send_signal(signal.SIGUSR1)
         else:
@@ -148,7 +150,7 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
 
     previous = {
         number: signal.signal(number, forward)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     }
     try:
         code = process.wait()
