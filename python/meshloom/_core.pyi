@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -45,13 +45,32 @@ class TrafficEntry:
     def calls(self) -> int:
         ...
     @property
+    def exposed_seconds(self) -> float:
+        ...
+    @property
     def received_bytes(self) -> int:
+        ...
+    @property
+    def seconds(self) -> float:
         ...
     @property
     def sent_bytes(self) -> int:
         ...
     @property
     def sent_to(self) -> dict[int, int]:
+        ...
+class GroupTraffic:
+    """
+    One group's account.
+    """
+    @property
+    def group(self) -> str:
+        ...
+    @property
+    def ranks(self) -> list[int]:
+        ...
+    @property
+    def traffic(self) -> dict[str, TrafficEntry]:
         ...
 class ReduceOp:
     """
@@ -162,6 +181,10 @@ class Communicator:
     def traffic(self) -> dict[str, TrafficEntry]:
         """
         Bytes handed to the transport, by purpose.
+        """
+    def traffic_by_group(self) -> list[GroupTraffic]:
+        """
+        The accounts of all groups of this group's world; ranks are the world's.
         """
     @property
     def backend(self) -> str:
@@ -734,10 +757,48 @@ class TrainConfig:
     def timeout_seconds(self, arg0: typing.SupportsFloat) -> None:
         ...
     @property
+    def watchdog_seconds(self) -> float:
+        ...
+    @watchdog_seconds.setter
+    def watchdog_seconds(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
     def z_loss_coefficient(self) -> float:
         ...
     @z_loss_coefficient.setter
     def z_loss_coefficient(self, arg0: typing.SupportsFloat) -> None:
+        ...
+class KindTraffic:
+    """
+    Communication of one kind in one step, summed over ranks.
+    """
+    @property
+    def between_bytes(self) -> int:
+        ...
+    @property
+    def exposed_seconds(self) -> float:
+        ...
+    @property
+    def inside_bytes(self) -> int:
+        ...
+    @property
+    def seconds(self) -> float:
+        ...
+class RankTimes:
+    """
+    One rank's time in one step, in seconds.
+    """
+    @property
+    def busy(self) -> float:
+        ...
+    @property
+    def exposed(self) -> float:
+        ...
+    @property
+    def load(self) -> float:
+        ...
+    @property
+    def planned(self) -> float:
         ...
 class StepMetrics:
     """
@@ -761,6 +822,9 @@ class StepMetrics:
     def gradient_norm(self) -> float:
         ...
     @property
+    def group_bytes(self) -> dict[str, int]:
+        ...
+    @property
     def loss(self) -> float:
         ...
     @property
@@ -774,6 +838,9 @@ class StepMetrics:
         ...
     @property
     def planning_seconds(self) -> float:
+        ...
+    @property
+    def ranks(self) -> list[RankTimes]:
         ...
     @property
     def samples(self) -> int:
@@ -794,6 +861,9 @@ class StepMetrics:
     def tokens_per_second(self) -> float:
         ...
     @property
+    def traffic(self) -> dict[str, KindTraffic]:
+        ...
+    @property
     def z_loss(self) -> float:
         ...
 class Trainer:
@@ -802,11 +872,16 @@ class Trainer:
     Iterating trains with the run folder's records, evaluation and checkpoints.
     """
     @staticmethod
+    def request_report() -> None:
+        """
+        Every trainer of this process soon says in its run folder what it waits for.
+        """
+    @staticmethod
     def request_stop() -> None:
         """
         Every run of this process finishes its step, saves and returns.
         """
-    def __init__(self, config: TrainConfig, model: ModelConfig, loader: Loader, world: Communicator, strategy: meshloom._plan.BalanceStrategy = None) -> None:
+    def __init__(self, config: TrainConfig, model: ModelConfig, loader: Loader, world: Communicator, strategy: meshloom._plan.BalanceStrategy = None, on_hang: collections.abc.Callable[[str], None] = None) -> None:
         ...
     def __iter__(self) -> typing.Any:
         ...
@@ -956,6 +1031,10 @@ def make_world(options: GroupOptions = ...) -> Communicator:
 def open_data(config: TrainConfig, vocab_size: typing.SupportsInt, world: Communicator, tokenizer: Tokenizer = None) -> Loader:
     """
     The loader that the config's `data` section describes. Collective.
+    """
+def report_on_signal(signal: typing.SupportsInt) -> None:
+    """
+    From now on this signal means Trainer.request_report().
     """
 def run_thread_ranks(size: typing.SupportsInt, body: collections.abc.Callable[[Communicator], None], options: GroupOptions = ..., threads_per_rank: typing.SupportsInt = 1) -> None:
     """

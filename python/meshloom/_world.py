@@ -7,6 +7,7 @@ import atexit
 import dataclasses
 import datetime
 import os
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,13 @@ class Place:
     """Where a launcher has put this process."""
 
     launcher: str
-    """mpi, torchrun, slurm or single."""
+    """mpi, torchrun, slurm, file or single."""
     local_rank: int = 0
     """Rank on this machine: which device is ours."""
     rank: int = 0
     size: int = 1
     init_method: str = ""
-    """Where torch.distributed meets (torchrun, slurm)."""
+    """Where torch.distributed meets (torchrun, slurm, file)."""
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -57,9 +58,17 @@ def first_host(nodes: str) -> str:
 
 def find_place(environ: Mapping[str, str], *, has_mpi: bool = FEATURES["mpi"]) -> Place:
     """Reads a launcher's variables. torchrun's win under srun, mpirun's win over variables that
-    merely look like torchrun's."""
+    merely look like torchrun's; MESHLOOM_STORE, which nobody sets by accident, over all."""
     torchrun = all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     mpirun = "OMPI_COMM_WORLD_SIZE" in environ
+    if path := environ.get("MESHLOOM_STORE"):
+        return Place(
+            "file",
+            local_rank=_number(environ, "LOCAL_RANK", 0),
+            rank=_number(environ, "RANK"),
+            size=_number(environ, "WORLD_SIZE"),
+            init_method=f"file://{pathlib.Path(path).absolute()}",
+        )
     step = "SLURM_STEP_NUM_TASKS" in environ and "SLURM_PROCID" in environ
     if torchrun and ("TORCHELASTIC_RUN_ID" in environ or not mpirun):
         return Place(
@@ -123,10 +132,10 @@ def world_from_env(
             f"[comm.from_env] the backend is {backend!r}, expected one of " + ", ".join(_BACKENDS)
         )
     place = find_place(os.environ)
-    if backend == "torch" and place.launcher not in ("torchrun", "slurm"):
+    if backend == "torch" and place.launcher not in ("torchrun", "slurm", "file"):
         raise InvalidArgument(
             "[comm.from_env] the backend is 'torch', expected torchrun's variables (RANK, "
-            "WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or a Slurm step; there are none"
+            "WORLD_SIZE, MASTER_ADDR, MASTER_PORT), MESHLOOM_STORE or a Slurm step; there are none"
         )
     if backend == "mpi" or (backend in ("", "nccl") and place.launcher == "mpi"):
         host: Communicator = core.make_mpi_world(options)

@@ -118,7 +118,7 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
     """Runs `meshloom ARGUMENTS` on `ranks` processes and returns the exit code.
 
     SIGINT and SIGTERM ask the ranks to finish their step and save (mpirun itself would kill them
-    after a second); a second SIGINT or SIGTERM ends them.
+    after a second); a second SIGINT or SIGTERM ends them. SIGUSR1 and SIGUSR2 are passed on.
     """
     if ranks < 1:
         raise InvalidArgument(f"[launch] ranks is {ranks}, expected at least 1")
@@ -142,7 +142,9 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if number == signal.SIGUSR1 or not asked:
+        if number == signal.SIGUSR2:
+            process.send_signal(number)
+        elif number == signal.SIGUSR1 or not asked:
             if number != signal.SIGUSR1:
                 asked = True
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more ends the ranks now\n")
@@ -152,7 +154,7 @@ def run_under_mpirun(ranks: int, arguments: Sequence[str]) -> int:
 
     previous = {
         number: signal.signal(number, forward)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     }
     try:
         code = process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from meshloom import _runtime, planning
@@ -54,12 +55,14 @@ def make_trainer(
     model: ModelConfig | None = None,
     loader: _core.Loader | None = None,
     strategy: planning.Strategy | None = None,
+    on_hang: Callable[[str], None] | None = None,
 ) -> Trainer:
     """A Trainer for everything that `config` names. Collective.
 
     `model`, `loader` and `strategy` replace what the config says; a strategy is an instance, a
     registered name, `module:Class` or `file.py:Class`. A `tokenizer.json` needs the package
-    `tokenizers`.
+    `tokenizers`. `on_hang` gets the report of a call that hangs (`watchdog_seconds`), on another
+    thread.
     """
     model = _core.load_model_config(config) if model is None else model
     chosen = planning.instance(strategy or config.strategy)
@@ -72,7 +75,7 @@ def make_trainer(
 
             tokenizers.append(data.load_tokenizer(file))
         loader = _core.open_data(config, model.vocab_size, world, *tokenizers)
-    return Trainer(config, model, loader, world, chosen)
+    return Trainer(config, model, loader, world, chosen, on_hang)
 
 
 def _needs_python(path: str) -> bool:

@@ -6,6 +6,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "comm/internal/group.h"
@@ -184,8 +185,8 @@ Work Communicator::start(const Request& request, const CallOptions& options) {
   const TrafficEntry entry = traffic_of(request, info.rank, info.size);
   const std::string purpose = options.purpose != nullptr ? options.purpose : "other";
   {
-    const std::lock_guard lock(impl_->account_mutex);
-    add(impl_->account[purpose], entry);
+    const std::lock_guard lock(impl_->account->mutex);
+    add(impl_->account->traffic[purpose], entry);
   }
   OperationRecord record;
   record.group = info.name;
@@ -310,17 +311,36 @@ std::optional<Communicator> Communicator::split(int color, int key, const std::s
   place.rank = static_cast<int>(own - place.members.begin());
   auto child = impl_->make_child(color < 0 ? std::nullopt : std::optional(place));
   if (!child) return std::nullopt;
+  child->ranks_of_world = place.members;
+  if (!impl_->ranks_of_world.empty()) {
+    for (int& member : child->ranks_of_world) member = impl_->ranks_of_world[member];
+  }
   return Communicator(std::move(child));
 }
 
 Traffic Communicator::traffic() const {
-  const std::lock_guard lock(impl_->account_mutex);
-  return impl_->account;
+  const std::lock_guard lock(impl_->account->mutex);
+  return impl_->account->traffic;
 }
 
 void Communicator::reset_traffic() {
-  const std::lock_guard lock(impl_->account_mutex);
-  impl_->account.clear();
+  const std::lock_guard lock(impl_->account->mutex);
+  impl_->account->traffic.clear();
+}
+
+std::vector<GroupTraffic> Communicator::traffic_by_group() const {
+  std::vector<GroupTraffic> result;
+  for (const auto& group : impl_->info().groups->groups()) {
+    GroupTraffic entry{.group = group->info().name, .ranks = group->ranks_of_world, .traffic = {}};
+    if (entry.ranks.empty()) {
+      entry.ranks.resize(static_cast<std::size_t>(group->info().size));
+      std::iota(entry.ranks.begin(), entry.ranks.end(), 0);
+    }
+    const std::lock_guard lock(group->account->mutex);
+    entry.traffic = group->account->traffic;
+    result.push_back(std::move(entry));
+  }
+  return result;
 }
 
 std::string Communicator::pending_report() const { return impl_->pending_report(); }

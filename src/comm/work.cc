@@ -17,6 +17,7 @@ WorkImpl::WorkImpl(const std::shared_ptr<GroupImpl>& group, Request request,
                    std::chrono::milliseconds limit, std::int64_t record)
     : group_(group),
       recorder_(group->info().recorder),
+      account_(group->account),
       record_(record),
       rank_(group->info().rank),
       size_(group->info().size),
@@ -53,6 +54,10 @@ bool WorkImpl::end(std::exception_ptr error) {
       if (!has_output()) released.output = std::move(request_.output);
     }
   }
+  {
+    const std::lock_guard lock(account_->mutex);
+    account_->traffic[purpose_].seconds += age_seconds();
+  }
   const std::lock_guard lock(mutex_);
   error_ = std::move(error);
   helper_ = nullptr;
@@ -85,10 +90,14 @@ void WorkImpl::offer(std::function<void()> helper) {
 void WorkImpl::wait(std::optional<std::chrono::milliseconds> limit) {
   const auto until = limit ? std::chrono::steady_clock::now() + *limit : deadline();
   if (!done()) {
+    const auto begin = std::chrono::steady_clock::now();
     const auto group = group_.lock();
     if (group) group->waiting(+1);
     wait_until(until, limit.value_or(limit_));
     if (group) group->waiting(-1);
+    const std::chrono::duration<double> blocked = std::chrono::steady_clock::now() - begin;
+    const std::lock_guard lock(account_->mutex);
+    account_->traffic[purpose_].exposed_seconds += blocked.count();
   }
   const std::lock_guard lock(mutex_);
   if (error_) std::rethrow_exception(error_);

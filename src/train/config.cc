@@ -88,6 +88,7 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   check.at_least("evaluate_tokens", static_cast<double>(c.evaluate_tokens), 1);
   check.at_least("timeline_steps", static_cast<double>(c.timeline_steps), 0);
   check.above("timeout_seconds", c.timeout_seconds, 0);
+  check.at_least("watchdog_seconds", c.watchdog_seconds, 0);
 
   const int sources = static_cast<int>(!c.model.path.empty()) +
                       static_cast<int>(!c.model.config.empty() || !c.model.preset.empty());

@@ -115,6 +115,7 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("timeline_steps", config.timeline_steps);
   visit("save_plans", config.save_plans);
   visit("timeout_seconds", config.timeout_seconds);
+  visit("watchdog_seconds", config.watchdog_seconds);
   visit("model", config.model);
   visit("data", config.data);
   visit("optimizer", config.optimizer);

@@ -55,12 +55,17 @@ std::string prepare(const std::string& folder, std::int64_t first_step) {
                   fmt::format("cannot create {}/plans: {}", folder, error.message()));
   }
   cut_metrics(folder + "/metrics.jsonl", first_step);
+  cut_metrics(folder + "/ranks.jsonl", first_step);
+  cut_metrics(folder + "/notices.jsonl", first_step);
   return folder;
 }
 
 nlohmann::ordered_json finite_or_null(double value) {
   return std::isfinite(value) ? nlohmann::ordered_json(value) : nlohmann::ordered_json(nullptr);
 }
+
+/// To microseconds, which is what a clock of a step is good for.
+double rounded(double seconds) { return std::round(seconds * 1e6) / 1e6; }
 
 }  // namespace
 
@@ -83,6 +88,26 @@ std::string to_json(const StepMetrics& metrics) {
   entry["exchange_bytes"] = metrics.exchange_bytes;
   entry["skipped"] = metrics.skipped;
   for (const auto& [name, value] : metrics.extra) entry[name] = finite_or_null(value);
+  if (!metrics.group_bytes.empty()) entry["group_bytes"] = metrics.group_bytes;
+  for (const auto& [name, kind] : metrics.traffic) {
+    entry["traffic"][name] = {{"inside_bytes", kind.inside_bytes},
+                              {"between_bytes", kind.between_bytes},
+                              {"seconds", rounded(kind.seconds)},
+                              {"exposed_seconds", rounded(kind.exposed_seconds)}};
+  }
+  return entry.dump();
+}
+
+std::string ranks_json(const StepMetrics& metrics) {
+  nlohmann::ordered_json entry{{"step", metrics.step}};
+  const auto column = [&](const char* name, double RankTimes::*field) {
+    auto& values = entry[name] = nlohmann::ordered_json::array();
+    for (const RankTimes& rank : metrics.ranks) values.push_back(rounded(rank.*field));
+  };
+  column("planned", &RankTimes::planned);
+  column("busy", &RankTimes::busy);
+  column("load", &RankTimes::load);
+  column("exposed", &RankTimes::exposed);
   return entry.dump();
 }
 
@@ -92,8 +117,10 @@ std::string set_aside(const std::string& folder) {
   for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end;
        entry.increment(error)) {
     const std::string name = entry->path().filename().string();
-    if (name == "metrics.jsonl" || name == "timeline.json" || name == "config.yaml" ||
-        name == "plans" || name == "checkpoints" || name.starts_with("events.out.tfevents")) {
+    if (name == "metrics.jsonl" || name == "ranks.jsonl" || name == "notices.jsonl" ||
+        name == "timeline.json" || name == "traffic.json" || name == "flight" ||
+        name == "config.yaml" || name == "plans" || name == "checkpoints" ||
+        name.starts_with("events.out.tfevents")) {
       old.push_back(entry->path());
     }
   }
@@ -116,7 +143,18 @@ RunRecords::RunRecords(std::string folder, std::int64_t first_step)
   if (!metrics_) {
     throw IoError(kRecordsWhere, fmt::format("cannot write {}/metrics.jsonl", folder_));
   }
+  ranks_.open(folder_ + "/ranks.jsonl", std::ios::binary | std::ios::app);
 }
+
+void RunRecords::notice(std::int64_t step, const std::string& text) {
+  const nlohmann::ordered_json entry{{"step", step}, {"text", text}};
+  std::ofstream file(folder_ + "/notices.jsonl", std::ios::binary | std::ios::app);
+  file << entry.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+  file.close();
+  if (!file) throw IoError(kRecordsWhere, fmt::format("cannot write {}/notices.jsonl", folder_));
+}
+
+void RunRecords::traffic(const std::string& json) { replace_file(folder_ + "/traffic.json", json); }
 
 void RunRecords::config(const std::string& yaml) { replace_file(folder_ + "/config.yaml", yaml); }
 
@@ -133,6 +171,8 @@ void RunRecords::line(const std::string& text) {
 
 void RunRecords::step(const StepMetrics& metrics) {
   line(to_json(metrics));
+  ranks_ << ranks_json(metrics) << "\n" << std::flush;
+  if (!ranks_) throw IoError(kRecordsWhere, fmt::format("cannot write {}/ranks.jsonl", folder_));
   const std::pair<const char*, double> scalars[] = {
       {"train/loss", metrics.loss},
       {"train/aux_loss", metrics.aux_loss},

@@ -21,13 +21,17 @@ Hosts find_hosts(comm::Communicator& world) {
   std::array<char, 256> name{};
   ::gethostname(name.data(), name.size() - 1);
   const std::vector<std::string> names = gather_text(world, name.data());
-  Hosts hosts{.local_rank = 0, .local_size = 0};
+  Hosts hosts;
+  hosts.local_size = 0;
   const auto own = static_cast<std::size_t>(world.rank());
   std::map<std::string, int> sizes;
   std::size_t changes = 0;
   for (std::size_t r = 0; r < names.size(); ++r) {
     ++sizes[names[r]];
     if (r > 0 && names[r] != names[r - 1]) ++changes;
+    const auto known = std::find(hosts.names.begin(), hosts.names.end(), names[r]);
+    hosts.host_of.push_back(static_cast<int>(known - hosts.names.begin()));
+    if (known == hosts.names.end()) hosts.names.push_back(names[r]);
     if (names[r] != names[own]) continue;
     ++hosts.local_size;
     if (r < own) ++hosts.local_rank;

@@ -17,21 +17,29 @@ namespace {
 
 constexpr const char* kTrainerWhere = "train.trainer";
 
-/// Times that a stop was asked for in this process: a signal handler has nothing but a global.
+/// Times that a stop, or a report, was asked for in this process: a signal handler has nothing but
+/// a global.
 std::atomic<int> stop_requests{0};
+std::atomic<int> report_requests{0};
 static_assert(std::atomic<int>::is_always_lock_free);
 
 }  // namespace
 
 void Trainer::request_stop() noexcept { stop_requests.fetch_add(1, std::memory_order_relaxed); }
 
+void Trainer::request_report() noexcept { report_requests.fetch_add(1, std::memory_order_relaxed); }
+
 int detail::stop_request_count() noexcept { return stop_requests.load(std::memory_order_relaxed); }
+
+int detail::report_request_count() noexcept {
+  return report_requests.load(std::memory_order_relaxed);
+}
 
 Trainer::Trainer(const TrainConfig& config, const model::ModelConfig& model,
                  std::shared_ptr<data::Loader> loader, comm::Communicator world,
-                 std::shared_ptr<plan::BalanceStrategy> strategy)
+                 std::shared_ptr<plan::BalanceStrategy> strategy, TrainerHooks hooks)
     : impl_(std::make_unique<Impl>(config, model, std::move(loader), std::move(world),
-                                   std::move(strategy))) {}
+                                   std::move(strategy), std::move(hooks))) {}
 
 Trainer::~Trainer() = default;
 
@@ -136,6 +144,8 @@ void Trainer::Impl::prepare_folder() {
   if (!moved.empty()) {
     notices_.push_back(fmt::format("an earlier run's records were moved to {}", moved));
   }
+  watch_ = std::make_unique<detail::RunWatch>(world_, config_.run, config_.watchdog_seconds,
+                                              hooks_.on_hang);
   folder_ready_ = true;
 }
 
@@ -152,8 +162,14 @@ void Trainer::Impl::lock_folder() {
 void Trainer::Impl::write_records(const StepMetrics& metrics) {
   on_rank_0("train.records", [&] {
     records_->step(metrics);
+    for (; noted_ < notices_.size(); ++noted_) records_->notice(metrics.step, notices_[noted_]);
     if (config_.save_plans) records_->plan(last_plan_);
   });
+}
+
+void Trainer::Impl::write_traffic() {
+  const std::string text = explainer_->traffic_json(first_step_, next_step_);
+  on_rank_0("train.records", [&] { records_->traffic(text); });
 }
 
 void Trainer::Impl::write_timeline() {
@@ -198,7 +214,10 @@ void Trainer::Impl::begin_run() {
 
 void Trainer::Impl::end_run() {
   if (trained_ && saved_step_ != next_step_) save_checkpoint();
+  place("records");
+  write_traffic();
   write_timeline();
+  place("save_pretrained");
   if (!stop_) save_pretrained(config_.run + "/checkpoint");
   records_.reset();
   lock_.reset();
@@ -215,14 +234,18 @@ std::optional<StepMetrics> Trainer::Impl::advance() {
   }
   StepMetrics metrics = step();
   trained_ = true;
+  place("records");
   write_records(metrics);
   if (config_.evaluate_every > 0 && next_step_ % config_.evaluate_every == 0) {
+    place("evaluate");
     const double loss = evaluate();
     metrics.extra["evaluation_loss"] = loss;
     on_rank_0("train.records", [&] { records_->evaluation(metrics.step, loss); });
   }
   if (checkpoint_due()) {
     save_checkpoint();
+    place("records");
+    write_traffic();
     write_timeline();
   }
   return metrics;

@@ -89,15 +89,17 @@ void check_same_model(const std::string& saved, const std::string& own) {
 
 Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
                     std::shared_ptr<data::Loader> loader, comm::Communicator world,
-                    std::shared_ptr<plan::BalanceStrategy> strategy)
+                    std::shared_ptr<plan::BalanceStrategy> strategy, TrainerHooks hooks)
     : config_(config),
       model_(model),
       loader_(std::move(loader)),
       world_(std::move(world)),
+      hooks_(std::move(hooks)),
       cost_fit_(config.cost.value_or(CostModel{})),
       stop_generation_(detail::stop_request_count()) {
   guarded([&] {
     hosts_ = detail::find_hosts(world_);
+    explainer_ = std::make_unique<detail::StepExplainer>(world_, hosts_);
     Failure failure;
     try {
       resolve();
@@ -122,6 +124,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
     }
     agree(kStateWhere, failure);
     resume();
+    first_step_ = next_step_;
     state_->gather();
     if (world_.rank() == 0 && resumed_from_.empty()) loader_state_ = loader_->state();
   });
@@ -197,6 +200,7 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
   options.recompute = model::parse_recompute(config_.parallel.recompute);
+  options.before = hooks_.before;
   if (config_.exchange_dtype != "same") {
     exchange_options_.wire_type = detail::parse_dtype_name(config_.exchange_dtype);
   }
@@ -285,6 +289,7 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
 
 void Trainer::Impl::save_checkpoint() {
   prepare_folder();
+  place("checkpoint");
   agreed_ = true;  // write_checkpoint fails on all ranks alike
   write_checkpoint(checkpoints(), checkpoint_info(), shard_states(), config_.checkpoint.keep,
                    world_);

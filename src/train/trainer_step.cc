@@ -405,6 +405,8 @@ StepMetrics Trainer::Impl::step() {
   const Clock::time_point begin = Clock::now();
   StepMetrics metrics;
   metrics.step = next_step_;
+  explainer_->begin();
+  place("plan");
   const detail::StepOrder order = next_order(metrics);
   last_plan_ = order.plan;
   metrics.tokens = last_plan_.total_tokens();
@@ -436,7 +438,11 @@ StepMetrics Trainer::Impl::step() {
   } else {
     notices_.push_back(fmt::format("step {} has no loss token and was skipped", next_step_));
   }
+  place("metrics");
   reduce_metrics(outcome, begin, metrics);
+  for (std::string& notice : explainer_->explain(last_plan_, outcome.spans, metrics)) {
+    notices_.push_back(std::move(notice));
+  }
   if (metrics.skipped) ++skipped_steps_;
   tokens_seen_ += static_cast<double>(metrics.tokens);
   metrics.extra["skipped_steps"] = static_cast<double>(skipped_steps_);

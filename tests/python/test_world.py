@@ -55,6 +55,14 @@ def test_slurm_steps_meet_at_the_first_host() -> None:
     assert find_place({**SLURM, "PMIX_RANK": "5"}, has_mpi=False).launcher == "slurm"
 
 
+def test_a_file_is_where_it_says_whoever_started_the_ranks() -> None:
+    place = find_place({"MESHLOOM_STORE": "/shared/a b", **TORCHRUN, "OMPI_COMM_WORLD_SIZE": "4"})
+    assert (place.launcher, place.rank, place.size, place.local_rank) == ("file", 3, 8, 1)
+    assert place.init_method == "file:///shared/a b"
+    with pytest.raises(InvalidArgument, match="RANK is '', expected a number"):
+        find_place({"MESHLOOM_STORE": "/shared/x", "WORLD_SIZE": "8"})
+
+
 def test_first_hosts_of_node_lists() -> None:
     assert first_host("gpu[003-006,009],login") == "gpu003"
     assert first_host("a1,a2") == "a1"
@@ -131,6 +139,21 @@ def test_mpirun_world(build_dir: pathlib.Path) -> None:
         return
     command = [shutil.which("mpirun") or "mpirun", "--oversubscribe", "-n", "2", sys.executable]
     check([run([*command, PROGRAM], environment(build_dir))], 2, "mpi")
+
+
+def test_ranks_meet_by_a_file(build_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(
+                build_dir, MESHLOOM_STORE=str(tmp_path / "meet"), RANK=str(rank), WORLD_SIZE="2"
+            ),
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    check(outputs, 2, "torch")
 
 
 def test_slurm_world(build_dir: pathlib.Path) -> None:

@@ -108,6 +108,10 @@ class MESHLOOM_API Communicator {
   [[nodiscard]] Traffic traffic() const;
   void reset_traffic();
 
+  /// The accounts of all groups that are alive of the world that this group was split from, in the
+  /// order of their making. Any thread.
+  [[nodiscard]] std::vector<GroupTraffic> traffic_by_group() const;
+
   /// Fixed reduction order whatever the timing.
   [[nodiscard]] bool deterministic() const;
 

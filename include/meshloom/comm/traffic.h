@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace meshloom::comm {
 
@@ -13,6 +14,10 @@ struct TrafficEntry {
   std::int64_t received_bytes = 0;  ///< payload it got from other ranks
   std::map<int, std::int64_t>
       sent_to;  ///< by peer (group rank), point-to-point and all_to_all only
+  /// Time that calls which ended, well or badly, were under way: from the call to its end, waiting
+  /// for late peers included, summed over calls that overlap.
+  double seconds = 0.0;
+  double exposed_seconds = 0.0;  ///< time that threads of this rank were blocked in Work::wait
 };
 
 /// By purpose (CallOptions::purpose). For collectives without a peer the payload is what any
@@ -20,5 +25,12 @@ struct TrafficEntry {
 /// receives the others' rows, reduce_scatter the reverse, all_reduce 2 (n-1)/n of the tensor each
 /// way, broadcast the tensor once per receiver at the root.
 using Traffic = std::map<std::string, TrafficEntry>;
+
+/// One group's account as one of its ranks keeps it.
+struct GroupTraffic {
+  std::string group;
+  std::vector<int> ranks;  ///< of the world, by group rank
+  Traffic traffic;
+};
 
 }  // namespace meshloom::comm

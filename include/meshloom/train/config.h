@@ -108,6 +108,7 @@ struct MESHLOOM_API TrainConfig {
   std::int64_t timeline_steps = 16;  ///< newest steps in timeline.json; 0: no timeline
   bool save_plans = true;            ///< plans/step-N.json
   double timeout_seconds = 600;
+  double watchdog_seconds = 120;  ///< calls that hang for longer are reported; 0: none
   ModelSection model;
   DataSection data;
   AdamWOptions optimizer;

@@ -12,10 +12,27 @@
 #include "meshloom/core/export.h"
 #include "meshloom/data/loader.h"
 #include "meshloom/model/config.h"
+#include "meshloom/plan/program.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/train/config.h"
 
 namespace meshloom::train {
+
+/// Communication of one kind (comm::CallOptions::purpose) in one step, summed over ranks.
+struct KindTraffic {
+  std::int64_t inside_bytes = 0;   ///< sent to ranks of the same host
+  std::int64_t between_bytes = 0;  ///< sent to ranks of other hosts
+  double seconds = 0.0;            ///< calls were under way, late peers included
+  double exposed_seconds = 0.0;    ///< ranks were blocked for them
+};
+
+/// One rank's time in one step, in seconds.
+struct RankTimes {
+  double planned = 0.0;  ///< for its units, by costs fitted to this run and the middle rank's pace
+  double busy = 0.0;     ///< forward and backward, waiting excluded
+  double load = 0.0;
+  double exposed = 0.0;  ///< blocked in communication
+};
 
 /// One step as everybody sees it: equal on all ranks.
 struct StepMetrics {
@@ -36,6 +53,19 @@ struct StepMetrics {
   std::int64_t exchange_bytes = 0;   ///< keys, values and their gradients sent, all ranks
   bool skipped = false;              ///< no loss tokens, or NaN under the skip policy
   std::map<std::string, double> extra;
+  std::map<std::string, KindTraffic> traffic;       ///< by kind
+  std::map<std::string, std::int64_t> group_bytes;  ///< sent, by group; without its number
+  std::vector<RankTimes> ranks;                     ///< by rank
+};
+
+/// What a program hooks into a Trainer; every field may be empty.
+struct TrainerHooks {
+  /// Before each instruction of this rank's programs, within its measured time, e.g. to inject
+  /// delays and failures in tests; may throw.
+  std::function<void(const plan::Instruction&)> before;
+  /// The report (comm::Communicator::report) of a call that hangs, and of Trainer::request_report;
+  /// on a thread of the trainer's.
+  std::function<void(const std::string& report)> on_hang;
 };
 
 /// Trains one model on one communicator: plans, executes, records. Every rank constructs it with
@@ -57,7 +87,7 @@ class MESHLOOM_API Trainer {
   /// @throws Error  on all ranks alike
   Trainer(const TrainConfig& config, const model::ModelConfig& model,
           std::shared_ptr<data::Loader> loader, comm::Communicator world,
-          std::shared_ptr<plan::BalanceStrategy> strategy = nullptr);
+          std::shared_ptr<plan::BalanceStrategy> strategy = nullptr, TrainerHooks hooks = {});
   ~Trainer();
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
@@ -102,6 +132,10 @@ class MESHLOOM_API Trainer {
   /// Async-signal-safe: every `run` of this process, on all ranks of its world, finishes the step
   /// it is in, saves, and returns. One rank's call is enough.
   static void request_stop() noexcept;
+
+  /// Async-signal-safe: every Trainer of this process with a run folder soon adds what its rank
+  /// waits for and did before to `<run>/flight/rank-R.txt`, whatever it is doing.
+  static void request_report() noexcept;
 
  private:
   class Impl;

@@ -97,7 +97,13 @@ void bind_traffic(py::module_& module) {
       .def_readonly("calls", &comm::TrafficEntry::calls)
       .def_readonly("sent_bytes", &comm::TrafficEntry::sent_bytes)
       .def_readonly("received_bytes", &comm::TrafficEntry::received_bytes)
-      .def_readonly("sent_to", &comm::TrafficEntry::sent_to);
+      .def_readonly("sent_to", &comm::TrafficEntry::sent_to)
+      .def_readonly("seconds", &comm::TrafficEntry::seconds)
+      .def_readonly("exposed_seconds", &comm::TrafficEntry::exposed_seconds);
+  py::class_<comm::GroupTraffic>(module, "GroupTraffic", "One group's account.")
+      .def_readonly("group", &comm::GroupTraffic::group)
+      .def_readonly("ranks", &comm::GroupTraffic::ranks)
+      .def_readonly("traffic", &comm::GroupTraffic::traffic);
 }
 
 void bind_communicator(py::module_& module) {
@@ -212,6 +218,8 @@ void bind_communicator(py::module_& module) {
           "The last calls of this rank over all groups of its world, as JSON.")
       .def("traffic", &Communicator::traffic, "Bytes handed to the transport, by purpose.")
       .def("reset_traffic", &Communicator::reset_traffic)
+      .def("traffic_by_group", &Communicator::traffic_by_group,
+           "The accounts of all groups of this group's world; ranks are the world's.")
       .def("abort", &Communicator::abort, py::arg("reason"), Unlocked(),
            "Ends every pending and future call on this rank with CommError.");
 }

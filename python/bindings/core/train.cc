@@ -132,6 +132,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("timeline_steps", &TrainConfig::timeline_steps)
       .def_readwrite("save_plans", &TrainConfig::save_plans)
       .def_readwrite("timeout_seconds", &TrainConfig::timeout_seconds)
+      .def_readwrite("watchdog_seconds", &TrainConfig::watchdog_seconds)
       .def_readwrite("model", &TrainConfig::model)
       .def_readwrite("data", &TrainConfig::data)
       .def_readwrite("optimizer", &TrainConfig::optimizer)
@@ -157,6 +158,19 @@ void bind_config(py::module_& module) {
 }
 
 void bind_metrics(py::module_& module) {
+  using train::KindTraffic;
+  py::class_<KindTraffic>(module, "KindTraffic",
+                          "Communication of one kind in one step, summed over ranks.")
+      .def_readonly("inside_bytes", &KindTraffic::inside_bytes)
+      .def_readonly("between_bytes", &KindTraffic::between_bytes)
+      .def_readonly("seconds", &KindTraffic::seconds)
+      .def_readonly("exposed_seconds", &KindTraffic::exposed_seconds);
+  using train::RankTimes;
+  py::class_<RankTimes>(module, "RankTimes", "One rank's time in one step, in seconds.")
+      .def_readonly("planned", &RankTimes::planned)
+      .def_readonly("busy", &RankTimes::busy)
+      .def_readonly("load", &RankTimes::load)
+      .def_readonly("exposed", &RankTimes::exposed);
   py::class_<StepMetrics>(module, "StepMetrics", "One step as everybody sees it.")
       .def_readonly("step", &StepMetrics::step)
       .def_readonly("loss", &StepMetrics::loss)
@@ -175,6 +189,9 @@ void bind_metrics(py::module_& module) {
       .def_readonly("exchange_bytes", &StepMetrics::exchange_bytes)
       .def_readonly("skipped", &StepMetrics::skipped)
       .def_readonly("extra", &StepMetrics::extra)
+      .def_readonly("traffic", &StepMetrics::traffic)
+      .def_readonly("group_bytes", &StepMetrics::group_bytes)
+      .def_readonly("ranks", &StepMetrics::ranks)
       .def("__repr__", [](const StepMetrics& self) {
         return "<StepMetrics step=" + std::to_string(self.step) +
                " loss=" + std::to_string(self.loss) + " tokens=" + std::to_string(self.tokens) +
@@ -189,13 +206,16 @@ void bind_trainer(py::module_& module) {
       "Iterating trains with the run folder's records, evaluation and checkpoints.")
       .def(py::init([](const TrainConfig& config, const model::ModelConfig& model,
                        std::shared_ptr<data::Loader> loader, const comm::Communicator& world,
-                       std::shared_ptr<plan::BalanceStrategy> strategy) {
+                       std::shared_ptr<plan::BalanceStrategy> strategy,
+                       std::function<void(const std::string&)> on_hang) {
              const py::gil_scoped_release release;
-             return std::unique_ptr<Trainer, UnlockedDelete>(
-                 new Trainer(config, model, std::move(loader), world, std::move(strategy)));
+             train::TrainerHooks hooks;
+             hooks.on_hang = std::move(on_hang);
+             return std::unique_ptr<Trainer, UnlockedDelete>(new Trainer(
+                 config, model, std::move(loader), world, std::move(strategy), std::move(hooks)));
            }),
            py::arg("config"), py::arg("model"), py::arg("loader"), py::arg("world"),
-           py::arg("strategy") = nullptr)
+           py::arg("strategy") = nullptr, py::arg("on_hang") = nullptr)
       .def_property_readonly("config", &Trainer::config, "As resolved.")
       .def_property_readonly("model_config", &Trainer::model_config)
       .def_property_readonly("next_step", &Trainer::next_step)
@@ -225,7 +245,21 @@ void bind_trainer(py::module_& module) {
              return *metrics;
            })
       .def_static("request_stop", &Trainer::request_stop,
-                  "Every run of this process finishes its step, saves and returns.");
+                  "Every run of this process finishes its step, saves and returns.")
+      .def_static("request_report", &Trainer::request_report,
+                  "Every trainer of this process soon says in its run folder what it waits for.");
+  module.def(
+      "report_on_signal",
+      [](int number) {
+        struct sigaction action {};
+        action.sa_handler = [](int) { Trainer::request_report(); };
+        action.sa_flags = SA_RESTART;
+        if (sigaction(number, &action, nullptr) != 0) {
+          throw InvalidArgument("train.report_on_signal",
+                                "signal " + std::to_string(number) + " cannot be handled");
+        }
+      },
+      py::arg("signal"), "From now on this signal means Trainer.request_report().");
   module.def(
       "stop_on_signals",
       [](const std::vector<int>& signals) {

@@ -1,4 +1,4 @@
-"""meshloom report: one self-contained page about a plan."""
+"""meshloom report: one self-contained page about a run, or about a plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from meshloom.cli import common, planning
+from meshloom.cli import common, planning, run_report
 
 if TYPE_CHECKING:
     from meshloom._plan import Simulation, StepPlan
@@ -21,41 +21,65 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan file.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="RUN_DIR|PLAN", help="A run folder, or a plan file.")
+    ],
     out: Annotated[str, typer.Option("--out", "-o", help="Write the page here.")] = "report.html",
     cluster: Annotated[
         str | None,
         typer.Option(
-            "--cluster", help="YAML description for the timeline; 8 GPUs a node by default.",
+            "--cluster", help="Of a plan: YAML description for the timeline; 8 GPUs a node by default.",
             show_default=False,
         ),
     ] = None,
     schedule: Annotated[
-        str, typer.Option("--schedule", help="Pipeline schedule.", show_default=False)
+        str, typer.Option("--schedule", help="Of a plan: pipeline schedule.", show_default=False)
     ] = "",
 ) -> None:
-    """Write a page that shows a plan: ranks over time, balance, traffic, lengths.
+    """Write a page that shows a run, or a plan: one file without any link to the network.
 
-    One file without any link to the network. The timeline is a simulation of the plan's programs;
-    point at a unit to see its ranks and samples, zoom with the wheel (ranks: with shift).
+    Of a run: loss and speed, where the time of a step went, planned against
+    measured, the timeline of its newest steps, traffic, stragglers, notices.
+    Also while the run goes on.
 
-    [dim]Example[/dim]
+    Of a plan: ranks over time as the simulator has its programs, balance,
+    lengths.
 
-      meshloom report plan.json -o report.html
+    Point at anything for figures; zoom timelines with the wheel.
+
+    [dim]Examples[/dim]
+
+      meshloom report runs/run -o run.html
+
+      meshloom report plan.json -o plan.html
     """
+    if Path(subject).is_dir():
+        if cluster is not None or schedule:
+            raise typer.BadParameter("--cluster and --schedule are for plans; a run was measured")
+        shown = run_report.data(Path(subject))
+        Path(out).write_text(_filled("run_report.html", shown), encoding="utf-8")
+        print(f"{subject}: written to {out}")
+        return
     from meshloom import simulation
     from meshloom._plan import StepPlan
 
-    given = StepPlan.load(plan)
+    given = StepPlan.load(subject)
     result = simulation.simulate(given, cluster, schedule=schedule, spans=True)
     Path(out).write_text(page(given, result), encoding="utf-8")
     print(f"{len(given.samples):,} samples on {given.layout.world_size} ranks: written to {out}")
 
 
 def page(plan: StepPlan, result: Simulation) -> str:
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    data = json.dumps(_data(plan, result), separators=(",", ":")).replace("</", "<\\/")
-    return template.replace("/*DATA*/null", data)
+    return _filled("report.html", _data(plan, result))
+
+
+def _filled(template: str, data: dict[str, Any]) -> str:
+    """A template of this folder with the common part and the data in it."""
+    folder = Path(__file__).parent
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    common_part = (folder / "report_common.html").read_text(encoding="utf-8")
+    whole = (folder / template).read_text(encoding="utf-8").replace("<!--COMMON-->", common_part)
+    return whole.replace("/*DATA*/null", text)
 
 
 def _rounded(number: float) -> float:

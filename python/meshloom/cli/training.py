@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # SIGTERM and SIGUSR1 are what schedulers send before they end a job; SIGINT is Ctrl-C.
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_REPORT_SIGNAL = signal.SIGUSR2
 
 
 def register(app: typer.Typer) -> None:
@@ -81,6 +83,8 @@ def train(
 
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step, with a
     checkpoint; the same command continues it. A second Ctrl-C ends it now.
+    SIGUSR2 makes every rank write what it waits for to flight/ in the run
+    folder, as a call that hangs does by itself.
 
     [dim]Examples[/dim]
 
@@ -155,20 +159,34 @@ def _load(path: str, overrides: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
+def _handle_signals() -> None:
+    from meshloom import _runtime
+
+    _runtime.core.stop_on_signals([int(number) for number in _STOP_SIGNALS])
+    _runtime.core.report_on_signal(int(_REPORT_SIGNAL))
+
+
+def _show_report(report: str, folder: str) -> None:
+    """What a rank waits for, on stderr; its last calls are in the run folder."""
+    lines = report.split("\nlast ", 1)[0].splitlines()
+    print("\n".join(["note: " + lines[0], *("  " + line for line in lines[1:]), f"  more in {folder}/flight"]),
+          file=sys.stderr, flush=True)
+
+
 def _train_rank(path: str, overrides: Mapping[str, Any], backend: str | None) -> None:
-    from meshloom import _runtime, training
+    from meshloom import training
 
     config = _load(path, overrides)
     world = training.make_world(backend)
-    _runtime.core.stop_on_signals([int(number) for number in _STOP_SIGNALS])
+    _handle_signals()
     _train(config, world)
 
 
 def _train_on_threads(path: str, overrides: Mapping[str, Any], count: int) -> None:
-    from meshloom import _runtime, training
+    from meshloom import training
 
     config = _load(path, overrides)
-    _runtime.core.stop_on_signals([int(number) for number in _STOP_SIGNALS])
+    _handle_signals()
     training.run_thread_ranks(count, lambda world: _train(config, world))
 
 
@@ -181,7 +199,9 @@ def _train(config: TrainConfig, world: Communicator) -> None:
     if first:
         print(f"meshloom: {world.size} rank{'s' if world.size > 1 else ''} over {world.backend},"
               " reading data", flush=True)
-    trainer = training.make_trainer(config, world)
+    trainer = training.make_trainer(
+        config, world, on_hang=lambda report: _show_report(report, config.run)
+    )
     resolved = trainer.config
     line = progress.Progress(resolved.steps, width)
     if first:

@@ -110,10 +110,9 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
   /// Fails every pending call that was tracked.
   void fail_tracked(const std::string& reason);
 
-  // Accounts, kept by Communicator. One thread of a rank at a time calls a group, but any thread
-  // may read the account.
-  std::mutex account_mutex;
-  Traffic account;
+  // Kept by Communicator; one thread of a rank at a time calls a group.
+  const std::shared_ptr<Account> account = std::make_shared<Account>();
+  std::vector<int> ranks_of_world;  // by group rank; empty: those of the world itself
   std::int64_t collectives = 0;
   std::int64_t exchanges = 0;
   std::int64_t splits = 0;

@@ -13,11 +13,19 @@
 #include "comm/internal/request.h"
 #include "comm/internal/staging.h"
 #include "meshloom/comm/flight_recorder.h"
+#include "meshloom/comm/traffic.h"
 #include "meshloom/core/export.h"
 
 namespace meshloom::comm::detail {
 
 class GroupImpl;
+
+/// What a group moved, by purpose. Calls that outlive their group still write to it. Thread safe
+/// under its mutex.
+struct Account {
+  std::mutex mutex;
+  Traffic traffic;
+};
 
 /// State of one started call. The backend ends it exactly once, by `complete` or `fail`; whoever
 /// comes second is ignored. Tensors on a device, where the backend moves host memory, are staged:
@@ -56,6 +64,7 @@ class MESHLOOM_API WorkImpl {
 
   std::weak_ptr<GroupImpl> group_;
   std::shared_ptr<FlightRecorder> recorder_;
+  std::shared_ptr<Account> account_;
   std::int64_t record_;
   int rank_;
   int size_;

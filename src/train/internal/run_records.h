@@ -14,8 +14,8 @@
 
 namespace meshloom::train::detail {
 
-/// What the run folder gets while a run goes on: metrics.jsonl, TensorBoard events, plans/. One
-/// rank has it. Every call throws IoError where the file system fails.
+/// What the run folder gets while a run goes on: metrics.jsonl, ranks.jsonl, TensorBoard events,
+/// plans/, traffic.json. One rank has it. Every call throws IoError where the file system fails.
 class RunRecords {
  public:
   /// Continues the folder's records at `first_step`: what they hold of later steps is dropped.
@@ -25,12 +25,15 @@ class RunRecords {
   void plan(const plan::StepPlan& plan);
   void step(const StepMetrics& metrics);
   void evaluation(std::int64_t step, double loss);
+  void notice(std::int64_t step, const std::string& text);
+  void traffic(const std::string& json);
 
  private:
   void line(const std::string& text);
 
   std::string folder_;
   std::ofstream metrics_;
+  std::ofstream ranks_;
   EventFile events_;
 };
 
@@ -48,7 +51,9 @@ struct StepTrace {
 /// host's wall clock, so that hosts with synchronised clocks line up.
 [[nodiscard]] std::string trace_events(int rank, const std::deque<StepTrace>& traces);
 
-/// The metrics as one JSON object.
+/// The metrics as one JSON object, but for `ranks`.
 [[nodiscard]] std::string to_json(const StepMetrics& metrics);
+/// `step`, and the fields of `ranks` as one array each.
+[[nodiscard]] std::string ranks_json(const StepMetrics& metrics);
 
 }  // namespace meshloom::train::detail

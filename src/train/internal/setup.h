@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string>
+#include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/mesh/layout.h"
@@ -16,7 +17,9 @@ namespace meshloom::train::detail {
 struct Hosts {
   int local_rank = 0;
   int local_size = 1;
-  int ranks_per_host = 0;  ///< 0: one host, or hosts with unequal or scattered ranks
+  int ranks_per_host = 0;          ///< 0: one host, or hosts with unequal or scattered ranks
+  std::vector<std::string> names;  ///< of the hosts, in order of their first rank
+  std::vector<int> host_of;        ///< index in `names`, by rank
 };
 /// Collective.
 [[nodiscard]] Hosts find_hosts(comm::Communicator& world);

@@ -22,23 +22,21 @@
 #include "meshloom/train/checkpoint.h"
 #include "meshloom/train/trainer.h"
 #include "train/internal/collective.h"
+#include "train/internal/requests.h"
 #include "train/internal/run_lock.h"
 #include "train/internal/run_records.h"
+#include "train/internal/run_watch.h"
 #include "train/internal/setup.h"
+#include "train/internal/step_explainer.h"
 #include "train/internal/step_planner.h"
 
 namespace meshloom::train {
-
-namespace detail {
-/// Calls of Trainer::request_stop so far.
-[[nodiscard]] int stop_request_count() noexcept;
-}  // namespace detail
 
 class Trainer::Impl {
  public:
   Impl(const TrainConfig& config, const model::ModelConfig& model,
        std::shared_ptr<data::Loader> loader, comm::Communicator world,
-       std::shared_ptr<plan::BalanceStrategy> strategy);
+       std::shared_ptr<plan::BalanceStrategy> strategy, TrainerHooks hooks);
 
   StepMetrics step();
   double evaluate();
@@ -50,10 +48,12 @@ class Trainer::Impl {
   template <class Body>
   auto guarded(const Body& body) {
     agreed_ = false;
+    const LabelEnd label{world_};
     try {
       return body();
     } catch (const std::exception& error) {
       if (!agreed_) world_.abort(error.what());
+      if (watch_) watch_->write(error.what());
       throw;
     }
   }
@@ -68,6 +68,12 @@ class Trainer::Impl {
  private:
   using Clock = std::chrono::steady_clock;
   using Failure = std::optional<detail::LocalFailure>;
+
+  /// Nothing that a call said of its place outlives it.
+  struct LabelEnd {
+    const comm::Communicator& world;
+    ~LabelEnd() { world.recorder().set_label({}); }
+  };
 
   /// What the reduce of a step's gradients showed.
   struct Update {
@@ -109,6 +115,14 @@ class Trainer::Impl {
   void end_run();
   void write_records(const StepMetrics& metrics);
   void write_timeline();
+  void write_traffic();
+  /// Says in the flight recorder what the rank does outside of its program.
+  void place(const char* what) {
+    comm::Label label;
+    label.step = next_step_;
+    label.instruction = what;
+    world_.recorder().set_label(std::move(label));
+  }
   /// The body on rank 0; its failure is everybody's.
   void on_rank_0(const char* where, const std::function<void()>& body);
   void agree(const char* where, const Failure& failure);
@@ -116,6 +130,7 @@ class Trainer::Impl {
 
   std::shared_ptr<data::Loader> loader_;
   comm::Communicator world_;
+  TrainerHooks hooks_;
   detail::Hosts hosts_;
   at::Device device_{at::kCPU};
   parallel::ModelPlacement placement_;
@@ -132,12 +147,16 @@ class Trainer::Impl {
   std::unique_ptr<detail::StepPlanner> planner_;  ///< rank 0
   std::unique_ptr<detail::RunLock> lock_;         ///< rank 0, once the run folder is in use
   std::unique_ptr<detail::RunRecords> records_;   ///< rank 0, while `run` runs
+  std::unique_ptr<detail::StepExplainer> explainer_;
+  std::unique_ptr<detail::RunWatch> watch_;  ///< once the run folder is there
   CostRefiner cost_fit_;
   bool fit_costs_ = false;
-  std::string loader_state_;  ///< after the membership of the last step taken
+  std::string loader_state_;     ///< after the membership of the last step taken
+  std::int64_t first_step_ = 0;  ///< the first one of this trainer
   double tokens_seen_ = 0.0;
   std::int64_t skipped_steps_ = 0;
   std::deque<detail::StepTrace> traces_;
+  std::size_t noted_ = 0;  ///< notices in the records so far; rank 0
   bool agreed_ = false;
   bool folder_ready_ = false;
   bool running_ = false;  ///< between the first `advance` and the one that ended the run
