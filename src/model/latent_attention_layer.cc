@@ -110,8 +110,6 @@ at::Tensor LatentAttentionLayer::forward(Pass& pass, const at::Tensor& x) const 
   const HeldWeight weight(context.parameters, output_.weight);
   const HeldWeight bias(context.parameters, output_.bias);
   return context.linear.row(attention.out.flatten(1), *weight, *bias);
-}), *weight,
-                            *bias);
 }
 
 at::Tensor LatentAttentionLayer::queries_backward(const Pass& pass, const at::Tensor& dq,

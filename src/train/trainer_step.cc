@@ -60,8 +60,8 @@ bool finite_gradients(parallel::ModelState& state, bool own) {
   });
 }
 
-std::int64_t exchange_sent(const comm::Communicator& world) {
-  const comm::Traffic traffic = world.traffic();
+std::int64_t exchange_sent(const comm::Communicator& hdp) {
+  const comm::Traffic traffic = hdp.traffic();
   const auto found = traffic.find("exchange");
   return found == traffic.end() ? 0 : found->second.sent_bytes;
 }
@@ -424,11 +424,11 @@ StepMetrics Trainer::Impl::step() {
     const parallel::SampleLoader load = sample_loader(order.membership);
     const plan::Program program = plan::compile_rank(
         last_plan_, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
-    const std::int64_t sent = exchange_sent(world_);
+    const std::int64_t sent = exchange_sent(groups_->hdp());
     if (balance_) count_routing(program, load);
     outcome =
         executor_->run(last_plan_, program, load, *state_, balance_.get(), [&] { update(result); });
-    metrics.exchange_bytes = exchange_sent(world_) - sent;
+    metrics.exchange_bytes = exchange_sent(groups_->hdp()) - sent;
     metrics.gradient_norm = result.norm;
     metrics.lr = result.lr;
     if (!result.finite) diagnose(program, order, outcome, metrics);
