@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from meshloom import launch
-from meshloom.cli import doctor, gradients, planning, report, simulation, strategies, training
+from meshloom.cli import (
+    autotune,
+    doctor,
+    gradients,
+    planning,
+    report,
+    simulation,
+    strategies,
+    training,
+)
 
 app = typer.Typer(
     name="meshloom",
@@ -21,7 +30,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for commands in (training, gradients, planning, simulation, report, strategies, doctor):
+for commands in (
+    training, gradients, planning, simulation, autotune, report, strategies, doctor
+):
     commands.register(app)
 
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
