@@ -57,6 +57,8 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     rank has: experts are divided by ep, not by tp, and meet their own replicas. ZeRO-2 scatters
     gradients in every slot (four bytes a parameter: two in forward, two in backward, as the
     simulator's gathers are), ZeRO-3 gathers parameters twice beside it.
+    Full recomputation repeats forward's traffic in backward, selective gathers the input of dense
+    feed-forwards once more. A mixture of experts has half of a dense layer's tensor traffic.
     """
     result = Workload()
     result.layers = model.layers
@@ -65,22 +67,25 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     result.weight_gradient_share = base.weight_gradient_share / scale
     result.step_seconds = base.step_seconds
     element = model.element_bytes
+    full = one.recompute == "full"
     result.hidden_bytes = float(model.hidden * element)
-    result.key_value_bytes = model.key_value_bytes(one.tp)
+    if one.tp > 1:
+        result.hidden_bytes *= _tensor_factor(model, one.recompute)
+    result.key_value_bytes = model.key_value_bytes(one.tp) * (4.0 / 3.0 if full else 1.0)
     saved = sum(model.saved_bytes(i, one.recompute, one.tp) for i in range(model.layers))
     result.saved_bytes = saved / model.layers
     result.dispatch_bytes = (
         model.experts_per_token * model.hidden * element / one.tp
-        * sum(model.moe_layers) / model.layers
+        * sum(model.moe_layers) / model.layers * (1.5 if full else 1.0)
     )
     dense, experts = _layout_memory.parameters_of_rank(model, one.layout, one.pipeline)
     replicas = one.hdp // one.ep
     axis = (one.hdp - 1) / one.hdp
-    of_replicas = (replicas - 1) / replicas
-    moved = dense * axis + experts * of_replicas  # elements that a rank sends once
+    # Elements that a rank sends once; tensor ranks hold the same experts.
+    moved = dense * axis + experts * (1.0 - 1.0 / (replicas * one.tp))
     shards = one.tp * one.pp
     gathered = moved / axis * shards if axis else 0.0
-    met = axis + (of_replicas if one.ep > 1 else 0.0)
+    met = axis + ((replicas - 1) / replicas if one.ep > 1 else 0.0)
     reduced = moved / met * shards if met else 0.0
     result.parameter_bytes = gathered * element
     result.gradient_bytes = reduced * _layout_memory.GRADIENT_BYTES if one.zero == 1 else 0.0
@@ -89,6 +94,14 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     elif one.zero == 3:
         result.parameter_bytes = gathered * (element + _layout_memory.GRADIENT_BYTES / 2)
     return result
+
+
+def _tensor_factor(model: ModelSizes, recompute: str) -> float:
+    """Tensor traffic of a step over that of dense layers that recompute nothing."""
+    again = {"none": 0.0, "selective": 1.0 / 8.0, "full": 0.5}[recompute]
+    dense = model.layers - sum(model.moe_layers)
+    mixtures = sum(model.moe_layers) * 0.5 * (1.5 if recompute == "full" else 1.0)
+    return (dense * (1.0 + again) + mixtures) / model.layers
 
 
 def _bandwidth(cluster: Cluster, span: int) -> float:

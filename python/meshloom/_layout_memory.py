@@ -17,7 +17,7 @@ class StageMemory:
     """Of the ranks of one pipeline stage, in bytes."""
 
     states: float
-    """Parameters, gradients, optimizer state, and with ZeRO-3 two gathered layers."""
+    """Parameters, gradients, optimizer state, and with ZeRO-2 and 3 two layers that are whole."""
     token: float
     """Of one token of every unit in flight, at the schedule's peak."""
 
@@ -88,26 +88,27 @@ def piece_stages(pp: int, chunks: int, schedule: str) -> list[int]:
     return [stage for stage, _ in _stages_of_pieces(schedule, pp, chunks)[0]]
 
 
+Parts = tuple[tuple[float, float], ...]
+
+
 @functools.cache
-def _stage_parameters(
+def _stage_parts(
     model: ModelSizes, tp: int, pp: int, chunks: int, schedule: str
-) -> tuple[tuple[float, float, float], ...]:
-    """Of every stage: parameters of a rank that are no experts, its stage's experts on all ranks
-    of an expert group, and those of its largest layer that are no experts."""
+) -> tuple[Parts, ...]:
+    """Of every stage, of every layer, embedding and head: parameters of a rank that are no experts,
+    and experts of a whole expert group."""
     first = even_split(model.layers, pp * chunks)
     stages = piece_stages(pp, chunks, schedule)
-    dense, experts, largest = [0.0] * pp, [0.0] * pp, [0.0] * pp
+    parts: list[list[tuple[float, float]]] = [[] for _ in range(pp)]
     for piece, stage in enumerate(stages):
         for layer in range(first[piece], first[piece + 1]):
             own = model.attention(tp) + model.feed_forward(layer, tp) + 2 * model.hidden
-            dense[stage] += own
-            experts[stage] += model.layer_experts(layer)
-            largest[stage] = max(largest[stage], own)
-    dense[stages[0]] += model.embedding / tp
+            parts[stage].append((float(own), float(model.layer_experts(layer))))
+    parts[stages[0]].append((model.embedding / tp, 0.0))
     if stages[0] != stages[-1] or not model.tied_embeddings:
-        dense[stages[-1]] += model.embedding / tp
-    dense[stages[-1]] += model.hidden
-    return tuple(zip(dense, experts, largest))
+        parts[stages[-1]].append((model.embedding / tp, 0.0))
+    parts[stages[-1]].append((float(model.hidden), 0.0))
+    return tuple(tuple(one) for one in parts)
 
 
 @functools.cache
@@ -117,20 +118,23 @@ def stage_states(
     """Parameters, gradients and optimizer state of a rank of every stage, in bytes.
 
     `layout` is (tp, hdp, pp, ep, chunks). The optimizer state is spread over the replicas, with
-    ZeRO-2 gradients too, with ZeRO-3 parameters too, where two layers are gathered at a time.
-    Replicas of an expert are the ranks of all tensor groups that hold it.
+    ZeRO-2 gradients too, with ZeRO-3 parameters too. What is sharded is whole of two layers at a
+    time: one travels while the other computes. Replicas of an expert are the ranks of all tensor
+    groups that hold it.
     """
     tp, hdp, pp, ep, chunks = layout
-    largest_experts = max(model.layer_experts(layer) for layer in range(model.layers)) / ep
     result = []
-    for dense, experts, largest in _stage_parameters(model, tp, pp, chunks, schedule):
+    for parts in _stage_parts(model, tp, pp, chunks, schedule):
+        dense, experts = sum(own for own, _ in parts), sum(group for _, group in parts)
+        whole = sum(sorted(own + group / ep for own, group in parts)[-2:])
         total = 0.0
         for count, replicas in ((dense, hdp), (experts / ep, hdp // ep * tp)):
             total += count * model.optimizer_bytes / replicas
             total += count * GRADIENT_BYTES / (replicas if zero >= 2 else 1)
             total += count * model.element_bytes / (replicas if zero >= 3 else 1)
-        if zero >= 3 and hdp > 1:
-            total += 2 * (largest + largest_experts) * model.element_bytes
+        if hdp > 1:
+            total += whole * GRADIENT_BYTES * (zero >= 2)
+            total += whole * model.element_bytes * (zero >= 3)
         result.append(total)
     return tuple(result)
 
@@ -148,7 +152,7 @@ def stage_memory(
 
 def parameters_of_rank(model: ModelSizes, layout: Layout, schedule: str) -> tuple[float, float]:
     """Parameters of a rank that are no experts, and its experts; means over stages."""
-    stages = _stage_parameters(model, layout.tp, layout.pp, layout.chunks, schedule)
-    dense = sum(one[0] for one in stages) / layout.pp
-    experts = sum(one[1] for one in stages) / layout.pp
-    return dense, experts / layout.ep
+    stages = _stage_parts(model, layout.tp, layout.pp, layout.chunks, schedule)
+    dense = sum(own for parts in stages for own, _ in parts)
+    experts = sum(group for parts in stages for _, group in parts)
+    return dense / layout.pp, experts / layout.ep / layout.pp
