@@ -50,7 +50,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def cli(build_dir: Path) -> Callable[..., str]:
     def call(*arguments: object, good: bool = True) -> str:
-        done = running.meshloom(build_dir, "autotune", *arguments, good=good, COLUMNS="200")
+        done = running.meshloom(build_dir, "autotune", *arguments, good=good, COLUMNS="80")
         return done.stdout if good else done.stderr
 
     return call

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from meshloom.tuning import TunedLayout, Tuning
 
 
+_LEAST_WIDTH = 110  # of the table: figures are cut off below, also where stdout is no terminal
+
+
 def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Planning")(autotune)
 
@@ -154,6 +157,7 @@ def _print(result: Tuning, seconds: float) -> None:
     for one in result.layouts:
         table.add_row(*_row(one))
     console = common.console()
+    console.width = max(console.width, _LEAST_WIDTH)
     console.print(table)
     left_out = f", {result.left_out} left out as likely slower" if result.left_out else ""
     console.print(
