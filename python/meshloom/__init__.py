@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from meshloom import launch as launch
     from meshloom import planning as planning
     from meshloom import training as training
+    from meshloom import tuning as tuning
     from meshloom._plan import (
         BalanceStrategy as BalanceStrategy,
         Cluster as Cluster,
@@ -79,15 +80,20 @@ if TYPE_CHECKING:
         make_world as make_world,
         run_thread_ranks as run_thread_ranks,
     )
+    from meshloom.tuning import TunedLayout as TunedLayout
+    from meshloom.tuning import Tuning as Tuning
+    from meshloom.tuning import autotune as autotune
 
 __version__: str = VERSION
 
-_MODULES = ("data", "integrations", "launch", "planning", "session", "simulation", "training")
+_MODULES = ("data", "integrations", "launch", "planning", "session", "simulation", "training",
+            "tuning")
 
 # name -> where it lives. Nothing is imported before it is asked for.
 _LAZY: dict[str, str] = {
     **dict.fromkeys(("plan", "register_strategy", "strategy_names", "verify"), "meshloom.planning"),
     "simulate": "meshloom.simulation",
+    **dict.fromkeys(("TunedLayout", "Tuning", "autotune"), "meshloom.tuning"),
     **dict.fromkeys(
         (
             "BalanceStrategy",

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meshloom import _plan
-from meshloom._errors import InvalidArgument
+from meshloom._errors import DataError, InvalidArgument
 from meshloom._plan import Cluster, Simulation, StepPlan, Workload
 
 if TYPE_CHECKING:
     from meshloom._plan import CostModel, Schedule
 
-__all__ = ["default_workload", "host_transfer", "read_cluster", "simulate"]
+__all__ = ["default_workload", "device_memory_gib", "host_transfer", "read_cluster", "simulate"]
+
+_MEMORY_KEY = "device_memory_gib"  # of a rank; says nothing to the simulator
 
 
 def default_workload(cost: CostModel) -> Workload:
@@ -50,6 +52,33 @@ def _as_yaml(setting: str) -> str:
     return f"{path.split('.')[0]}: {text}"
 
 
+def _without_memory(text: str, name: str) -> tuple[str, float | None]:
+    """A cluster file's text without the memory of a rank, and that."""
+    import json
+
+    import yaml
+
+    if _MEMORY_KEY not in text:
+        return text, None
+    try:
+        root = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text, None  # the reader of all other keys says what is wrong
+    if not isinstance(root, dict) or _MEMORY_KEY not in root:
+        return text, None
+    value = root.pop(_MEMORY_KEY)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise DataError(
+            f"[sim.cluster] {name}: {_MEMORY_KEY} is {value!r}, expected a number above 0"
+        )
+    return json.dumps(root), float(value)
+
+
+def device_memory_gib(path: str | os.PathLike[str]) -> float | None:
+    """Memory of a rank in GiB, as a cluster file says it; None where it does not."""
+    return _without_memory(Path(path).read_text(encoding="utf-8"), str(path))[1]
+
+
 def read_cluster(
     path: str | os.PathLike[str] | None, settings: Iterable[str] = (), *, base: Workload | None = None
 ) -> tuple[Cluster, Workload]:
@@ -58,6 +87,7 @@ def read_cluster(
     texts = [] if path is None else [(Path(path).read_text(encoding="utf-8"), str(path))]
     texts += [(_as_yaml(setting), setting) for setting in settings]
     for text, name in texts:
+        text, _ = _without_memory(text, name)
         cluster = Cluster.from_yaml(text, name, cluster)
         workload = Workload.from_yaml(text, name, workload)
     return cluster, workload

@@ -97,7 +97,7 @@ TEST(NcclOnGpu, CallsFollowTheStreamAndMemoryIsKeptForThem) {
     const Transfer send{0, &tensor};
     const Transfer receive{0, &received};
     Work work = world.send_receive({&send, 1}, {&receive, 1});
-    tensor = {};
+    tensor = at::Tensor();
     const at::Tensor scribble = at::full({kElements}, -1, at::TensorOptions().device(kDevice));
     work.wait();
     EXPECT_EQ(received.min().item<float>(), static_cast<float>(round + 20));

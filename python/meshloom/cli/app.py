@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from meshloom import launch
-from meshloom.cli import convert, doctor, gradients, planning, report, simulation, strategies, training
+from meshloom.cli import (
+    autotune,
+    convert,
+    doctor,
+    gradients,
+    planning,
+    report,
+    simulation,
+    strategies,
+    training,
+)
 
 app = typer.Typer(
     name="meshloom",
@@ -22,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for commands in (
-    training, gradients, convert, planning, simulation, report, strategies, doctor,
+    training, gradients, convert, planning, simulation, autotune, report, strategies, doctor
 ):
     commands.register(app)
 

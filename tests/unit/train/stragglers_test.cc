@@ -21,7 +21,7 @@ constexpr double kScatter = 0.15;
 
 class Cluster {
  public:
-  explicit Cluster(std::size_t ranks) : slow(ranks, 1.0), load(ranks, 0.0), share(ranks, 1.0) {}
+  explicit Cluster(std::size_t size) : slow(size, 1.0), load(size, 0.0), share(size, 1.0) {}
 
   /// Runs steps of scattered times in which all wait for the last.
   StepBlame run(StragglerWatch& watch, int steps) {
