@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -993,6 +993,10 @@ def documents_of_iterable(values: collections.abc.Iterable, name: str = 'documen
     ...
 def documents_of_sequence(values: typing.Any, name: str = 'documents') -> Source:
     ...
+def export_checkpoint(checkpoint: str, folder: str, dtype: str = 'float32') -> None:
+    """
+    Writes the model of a checkpoint, of any layout, as a folder that transformers opens.
+    """
 def gradients(options: GradientsOptions, documents: collections.abc.Sequence[Document], world: Communicator, strategy: meshloom._plan.BalanceStrategy = None) -> GradientsResult:
     """
     One step's loss and all gradients under a layout. Collective.

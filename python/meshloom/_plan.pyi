@@ -965,7 +965,6 @@ class Workload:
     @wire_bytes.setter
     def wire_bytes(self, arg1: typing.SupportsInt) -> None:
         ...
-
 class SimulatedSpan:
     """
     One instruction of one rank, in seconds.
