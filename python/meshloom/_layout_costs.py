@@ -71,7 +71,10 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     result.hidden_bytes = float(model.hidden * element)
     if one.tp > 1:
         result.hidden_bytes *= _tensor_factor(model, one.recompute)
-    result.key_value_bytes = model.key_value_bytes(one.tp) * (4.0 / 3.0 if full else 1.0)
+    result.heads = model.heads // one.tp
+    result.key_value_heads = max(model.key_value_heads // one.tp, 1)
+    result.head_dim = model.head_dim
+    result.element_bytes = model.element_bytes
     saved = sum(model.saved_bytes(i, one.recompute, one.tp) for i in range(model.layers))
     result.saved_bytes = saved / model.layers
     result.dispatch_bytes = (

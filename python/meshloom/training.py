@@ -75,6 +75,8 @@ def make_trainer(
 
             tokenizers.append(data.load_tokenizer(file))
         loader = _core.open_data(config, model.vocab_size, world, *tokenizers)
+    if on_hang is None:
+        return Trainer(config, model, loader, world, chosen)
     return Trainer(config, model, loader, world, chosen, on_hang)
 
 

@@ -14,7 +14,7 @@
 namespace meshloom::plan {
 namespace {
 
-constexpr const char* kWhere = "plan.exchange_chooser";
+constexpr const char* kChoiceWhere = "plan.exchange_chooser";
 
 bool applies(const ExchangeRule& rule, int degree, std::int64_t tokens) {
   if (degree < rule.least_degree || degree > rule.most_degree) return false;
@@ -54,11 +54,11 @@ std::string name_of(const ExchangeCandidate& candidate) {
 
 void ExchangeModel::validate() const {
   shape.validate();
-  MESHLOOM_CHECK(layers >= 1, kWhere, fmt::format("layers is {}, expected >= 1", layers));
-  MESHLOOM_CHECK(ranks_per_node >= 0, kWhere,
+  MESHLOOM_CHECK(layers >= 1, kChoiceWhere, fmt::format("layers is {}, expected >= 1", layers));
+  MESHLOOM_CHECK(ranks_per_node >= 0, kChoiceWhere,
                  fmt::format("ranks_per_node is {}, expected >= 0", ranks_per_node));
   const auto check = [](double value, const char* name, bool zero) {
-    MESHLOOM_CHECK(std::isfinite(value) && (zero ? value >= 0.0 : value > 0.0), kWhere,
+    MESHLOOM_CHECK(std::isfinite(value) && (zero ? value >= 0.0 : value > 0.0), kChoiceWhere,
                    fmt::format("{} is {}, expected a number {} 0", name, value, zero ? ">=" : ">"));
   };
   check(forward_pair_seconds, "forward_pair_seconds", true);
@@ -79,7 +79,7 @@ ExchangeChooser::ExchangeChooser(std::optional<ExchangeModel> model,
 ExchangeChoice ExchangeChooser::choose(std::span<const std::int64_t> lengths,
                                        std::span<const int> ranks) const {
   const auto degree = static_cast<int>(ranks.size());
-  MESHLOOM_CHECK(degree >= 2, kWhere, fmt::format("{} ranks, expected at least 2", degree));
+  MESHLOOM_CHECK(degree >= 2, kChoiceWhere, fmt::format("{} ranks, expected at least 2", degree));
   std::int64_t tokens = 0;
   for (const std::int64_t length : lengths) tokens += length;
   ExchangeChoice choice;

@@ -8,7 +8,7 @@
 namespace meshloom::plan {
 namespace {
 
-constexpr const char* kWhere = "plan.exchange_rules";
+constexpr const char* kRulesWhere = "plan.exchange_rules";
 
 /// Text up to the next separator; what is left stays in `text`.
 std::string_view next_part(std::string_view& text, char separator) {
@@ -29,9 +29,10 @@ Number number(std::string_view text, std::string_view rule, const char* what) {
   Number value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size() || value < 0) {
-    throw InvalidArgument(kWhere, fmt::format("rule \"{}\": {} is \"{}\", expected a-b, a-, -b, a "
-                                              "or nothing",
-                                              rule, what, text));
+    throw InvalidArgument(kRulesWhere,
+                          fmt::format("rule \"{}\": {} is \"{}\", expected a-b, a-, -b, a "
+                                      "or nothing",
+                                      rule, what, text));
   }
   return value;
 }
@@ -48,9 +49,9 @@ void range(std::string_view text, std::string_view rule, const char* what, Numbe
   if (dash > 0) least = number<Number>(text.substr(0, dash), rule, what);
   if (dash + 1 < text.size()) most = number<Number>(text.substr(dash + 1), rule, what);
   if (least > most) {
-    throw InvalidArgument(
-        kWhere, fmt::format("rule \"{}\": {} is \"{}\", expected the smaller bound first", rule,
-                            what, text));
+    throw InvalidArgument(kRulesWhere,
+                          fmt::format("rule \"{}\": {} is \"{}\", expected the smaller bound first",
+                                      rule, what, text));
   }
 }
 
@@ -60,9 +61,9 @@ Exchange exchange_named(std::string_view name, std::string_view rule) {
     if (name == to_string(exchange)) return exchange;
   }
   throw InvalidArgument(
-      kWhere, fmt::format("rule \"{}\": exchange \"{}\", expected ring, all_gather, ulysses, "
-                          "ring_ulysses, ring_ulysses/U or auto",
-                          rule, name));
+      kRulesWhere, fmt::format("rule \"{}\": exchange \"{}\", expected ring, all_gather, ulysses, "
+                               "ring_ulysses, ring_ulysses/U or auto",
+                               rule, name));
 }
 
 ExchangeRule parse_rule(std::string_view rule) {
@@ -75,7 +76,7 @@ ExchangeRule parse_rule(std::string_view rule) {
     name = name.substr(0, slash);
     if (name != "ring_ulysses" || result.group < 2) {
       throw InvalidArgument(
-          kWhere,
+          kRulesWhere,
           fmt::format("rule \"{}\": expected a head group of at least 2 after ring_ulysses/, and "
                       "none after other names",
                       rule));
@@ -90,8 +91,9 @@ ExchangeRule parse_rule(std::string_view rule) {
         result.most_tokens);
   if (!rest.empty()) {
     throw InvalidArgument(
-        kWhere, fmt::format("rule \"{}\": \"{}\" is left over, expected NAME[:DEGREES[:TOKENS]]",
-                            rule, rest));
+        kRulesWhere,
+        fmt::format("rule \"{}\": \"{}\" is left over, expected NAME[:DEGREES[:TOKENS]]", rule,
+                    rest));
   }
   return result;
 }

@@ -12,7 +12,7 @@
 namespace meshloom::plan {
 namespace {
 
-constexpr const char* kWhere = "plan.exchange_bytes";
+constexpr const char* kTrafficWhere = "plan.exchange_bytes";
 
 std::int64_t needed_in_all(std::span<const std::int64_t> lengths, int degree, std::int64_t window) {
   std::int64_t rows = 0;
@@ -63,7 +63,7 @@ ExchangeBytes head_bytes(std::span<const std::int64_t> lengths, int degree, int 
 
 void ExchangeShape::validate() const {
   const auto positive = [](std::int64_t value, const char* name) {
-    MESHLOOM_CHECK(value >= 1, kWhere, fmt::format("{} is {}, expected >= 1", name, value));
+    MESHLOOM_CHECK(value >= 1, kTrafficWhere, fmt::format("{} is {}, expected >= 1", name, value));
   };
   positive(heads, "heads");
   positive(key_value_heads, "key_value_heads");
@@ -72,9 +72,9 @@ void ExchangeShape::validate() const {
   positive(wire_bytes, "wire_bytes");
   positive(statistic_bytes, "statistic_bytes");
   MESHLOOM_CHECK(
-      heads % key_value_heads == 0, kWhere,
+      heads % key_value_heads == 0, kTrafficWhere,
       fmt::format("key_value_heads is {}, expected a divisor of {} heads", key_value_heads, heads));
-  MESHLOOM_CHECK(window >= 0, kWhere, fmt::format("window is {}, expected >= 0", window));
+  MESHLOOM_CHECK(window >= 0, kTrafficWhere, fmt::format("window is {}, expected >= 0", window));
 }
 
 HeadShare head_share(std::int64_t heads, std::int64_t key_value_heads, int parts, int part) {
@@ -90,7 +90,7 @@ HeadShare head_share(std::int64_t heads, std::int64_t key_value_heads, int parts
 ExchangeBytes exchange_bytes(std::span<const std::int64_t> lengths, int degree, Exchange exchange,
                              int ulysses_degree, const ExchangeShape& shape) {
   shape.validate();
-  MESHLOOM_CHECK(degree >= 1, kWhere, fmt::format("degree is {}, expected >= 1", degree));
+  MESHLOOM_CHECK(degree >= 1, kTrafficWhere, fmt::format("degree is {}, expected >= 1", degree));
   int group = 1;
   switch (exchange) {
     case Exchange::kLocal:
@@ -102,7 +102,7 @@ ExchangeBytes exchange_bytes(std::span<const std::int64_t> lengths, int degree, 
       group = degree;
       break;
     case Exchange::kRingUlysses:
-      MESHLOOM_CHECK(ulysses_degree >= 1 && degree % ulysses_degree == 0, kWhere,
+      MESHLOOM_CHECK(ulysses_degree >= 1 && degree % ulysses_degree == 0, kTrafficWhere,
                      fmt::format("ulysses_degree is {}, expected a divisor of {} ranks",
                                  ulysses_degree, degree));
       group = ulysses_degree;

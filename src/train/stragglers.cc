@@ -15,8 +15,8 @@ namespace {
 /// Steps that a judgement looks back on, and the fewest it is passed on.
 constexpr std::size_t kWindow = 16;
 constexpr std::size_t kFewest = 8;
-/// In the median of the window: where a rank counts as slow, and where it no longer does. Units on
-/// shared cores scatter by some percent.
+/// In the median of the window: where a rank counts as slow, and where it no longer does. In its
+/// lower quarter, too, it has to be above the latter: units on shared cores scatter.
 constexpr double kSlow = 1.25;
 constexpr double kFine = 1.1;
 /// Of a step, spent on loading.
@@ -103,12 +103,23 @@ void StragglerWatch::judge() {
     for (const Entry& entry : window_) values.push_back(of(entry));
     return lower_median(std::move(values));
   };
+  const auto lower_quarter = [&](const auto& of) {
+    std::vector<double> values;
+    for (const Entry& entry : window_) {
+      if (!std::isnan(of(entry))) values.push_back(of(entry));
+    }
+    if (values.empty()) return kNoPace;
+    const auto at = values.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 4);
+    std::nth_element(values.begin(), at, values.end());
+    return *at;
+  };
   const double seconds = over_window([](const Entry& entry) { return entry.seconds; });
   const double waiting = over_window([](const Entry& entry) { return entry.waiting; });
   for (std::size_t r = 0; r < n; ++r) {
     const int rank = static_cast<int>(r);
     const double pace = over_window([&](const Entry& entry) { return entry.pace[r]; });
-    tell(rank, Cause::kHardware, pace, kSlow, kFine,
+    const double quick = lower_quarter([&](const Entry& entry) { return entry.pace[r]; });
+    tell(rank, Cause::kHardware, quick >= kFine ? pace : std::min(pace, kFine), kSlow, kFine,
          fmt::format("took {:.2f} times as long for its work as the middle rank (slow hardware, or "
                      "a busy host); ranks waited {:.3g} s a step for their peers",
                      pace, waiting));

@@ -14,8 +14,8 @@
 
 #include "bindings/core/bindings.h"
 #include "bindings/core/support.h"
-#include "meshloom/train/config.h"
 #include "meshloom/train/checkpoint.h"
+#include "meshloom/train/config.h"
 #include "meshloom/train/gradients.h"
 #include "meshloom/train/open_data.h"
 #include "meshloom/train/schedule.h"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _curves(steps: Sequence[Entry], ranks: Mapping[int, Entry]) -> dict[str, Any
         "loss", "tokens_per_second", "seconds", "balance_efficiency", "measured_efficiency",
         "planning_seconds", "exposed_seconds", "hidden_seconds", "waiting_seconds", "gradient_norm", "lr",
     )
-    derived = {
+    derived: dict[str, Callable[[Mapping[str, Any]], float]] = {
         "busy_mean": lambda rank: statistics.fmean(rank["busy"]),
         "busy_max": lambda rank: max(rank["busy"]),
         "load_mean": lambda rank: statistics.fmean(rank["load"]),

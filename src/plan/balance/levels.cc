@@ -20,7 +20,7 @@ constexpr double kShareOfTokens = 0.5;
 /// Numbers of slots that are tried, as multiples of what memory asks for.
 constexpr double kSlotFactors[] = {1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0};
 /// Bins that a short sample is offered to before a slot is added.
-constexpr int kOffers = 32;
+constexpr int kLevelOffers = 32;
 
 struct Level {
   double time = 0.0;                      ///< what its units may take
@@ -158,7 +158,7 @@ class Builder {
     const Item& item = model_.items[static_cast<std::size_t>(index)];
     std::vector<Bin> full;
     bool placed = false;
-    for (int offer = 0; offer < kOffers && !bins_.empty() && !placed; ++offer) {
+    for (int offer = 0; offer < kLevelOffers && !bins_.empty() && !placed; ++offer) {
       Bin bin = bins_.top();
       bins_.pop();
       if (bin.tokens + item.tokens > model_.capacity) {

@@ -99,9 +99,10 @@ int Model::degree(const Item& item, double limit) const {
   const double transfer = cost.exchange * static_cast<double>(item.tokens);
   const double left = limit - cost.fixed - transfer;
   if (item.work <= transfer) return item.memory_degree;
-  if (left <= 0.0) return ranks;
+  const int most = most_ranks(item);
+  if (left <= 0.0) return most;
   const double needed = std::ceil((item.work - transfer) / left * (1.0 - kTimeSlack));
-  return std::max(item.memory_degree, static_cast<int>(std::min<double>(needed, ranks)));
+  return std::max(item.memory_degree, static_cast<int>(std::min<double>(needed, most)));
 }
 
 }  // namespace meshloom::plan::balance

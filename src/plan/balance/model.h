@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -45,6 +46,11 @@ struct Model {
   /// Time of a unit that holds this item alone, on each of its ranks.
   [[nodiscard]] double time(const Item& item, int degree) const {
     return cost.unit_time(item.work, item.tokens, degree);
+  }
+  /// More ranks than tokens would leave some without any.
+  [[nodiscard]] int most_ranks(const Item& item) const {
+    return std::max(item.memory_degree,
+                    static_cast<int>(std::min<std::int64_t>(item.tokens, ranks)));
   }
   /// Fewest ranks that hold the item and end it within `limit`; memory's degree if no number does.
   [[nodiscard]] int degree(const Item& item, double limit) const;

@@ -286,6 +286,7 @@ void Placement::place_freely(std::span<Job> jobs, double target, const Placement
     double best = std::numeric_limits<double>::infinity();
     const int least = job.degree;
     for (const int degree : degrees_from(least)) {
+      if (degree > std::max(least, model_.most_ranks(item))) continue;
       const Window window = best_window(degree, model_.time(item, degree), target, rule);
       const double price =
           window.price + traffic_price * (degree - least) * static_cast<double>(item.tokens);

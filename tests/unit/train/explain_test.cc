@@ -18,7 +18,7 @@
 #include "tiny_run.h"
 #include "unit/temporary_folder.h"
 
-namespace meshloom::train {
+namespace meshloom::train::explain {
 namespace {
 
 using plan::Op;
@@ -201,4 +201,4 @@ TEST(Explain, BytesOfAStepAddUpByKindGroupPeerAndLink) {
 }
 
 }  // namespace
-}  // namespace meshloom::train
+}  // namespace meshloom::train::explain

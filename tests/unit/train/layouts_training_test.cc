@@ -17,7 +17,7 @@
 #include "tiny_run.h"
 #include "unit/temporary_folder.h"
 
-namespace meshloom::train {
+namespace meshloom::train::layouts_training {
 namespace {
 
 // DESIGN.md: losses of any two layouts, relative.
@@ -211,4 +211,4 @@ TEST(LayoutsTraining, LayoutsThatDoNotFitSayWhatWould) {
 }
 
 }  // namespace
-}  // namespace meshloom::train
+}  // namespace meshloom::train::layouts_training

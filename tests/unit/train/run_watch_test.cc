@@ -16,7 +16,7 @@
 #include "tiny_run.h"
 #include "unit/temporary_folder.h"
 
-namespace meshloom::train {
+namespace meshloom::train::run_watch {
 namespace {
 
 using plan::Op;
@@ -146,4 +146,4 @@ TEST(RunWatch, ReportsAreWrittenWhenAskedFor) {
 }
 
 }  // namespace
-}  // namespace meshloom::train
+}  // namespace meshloom::train::run_watch
