@@ -34,6 +34,14 @@ const char* const kDeepMoe = R"({
   "norm_topk_prob": true, "mlp_only_layers": [1], "attention_bias": true,
   "initializer_range": 0.2})";
 
+/// Latent attention, grouped routing with a correction bias, a shared expert, a dense layer first.
+const char* const kDeepLatent = R"({
+  "model_type": "deepseek_v3", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24,
+  "num_hidden_layers": 4, "num_attention_heads": 4, "first_k_dense_replace": 1,
+  "initializer_range": 0.2, "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6,
+  "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 6, "n_group": 3, "topk_group": 2,
+  "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_shared_experts": 1})";
+
 /// One cell of the matrix.
 struct Cell {
   Layout layout;
@@ -69,7 +77,8 @@ void run_cell(const Cell& cell) {
     setting.balance = cell.layout.pp % 2 == 0 ? "sequence" : "global";
     setting.z_loss = 0.02;
   }
-  const auto texts = documents(cell.layout.hdp, moe ? 61 : 53);
+  const auto texts =
+      documents(cell.layout.hdp, model::ModelConfig::from_json(cell.config).vocab_size);
   const auto plan = plan_of(cell, texts);
   const auto expected = solve_alone(setting, texts);
   std::mutex mutex;
@@ -93,6 +102,22 @@ TEST(FiveDimensions, OneLayerAStageEqualsOneRank) {
       run_cell({.layout = {.hdp = 2, .pp = 4}, .schedule = schedule, .config = config});
     }
     run_cell({.layout = {.chunks = 2}, .config = config});
+  }
+}
+
+TEST(FiveDimensions, LatentAttentionEqualsOneRank) {
+  for (const Cell& cell :
+       std::vector<Cell>{{.layout = {.hdp = 3}},
+                         {.layout = {.hdp = 4, .ep = 2}, .zero = 3},
+                         {.layout = {.hdp = 2}, .zero = 2, .recompute = model::Recompute::kFull},
+                         {.layout = {.hdp = 2, .pp = 2, .ep = 2}, .schedule = "zb_h1"},
+                         {.layout = {.hdp = 2, .pp = 2, .chunks = 2},
+                         .zero = 3,
+                         .schedule = "zb_v",
+                         .recompute = model::Recompute::kSelective}}) {
+    Cell latent = cell;
+    latent.config = kDeepLatent;
+    run_cell(latent);
   }
 }
 
