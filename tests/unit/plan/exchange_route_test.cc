@@ -14,7 +14,7 @@
 #include "meshloom/core/random.h"
 #include "meshloom/plan/slicing.h"
 
-namespace meshloom::plan {
+namespace meshloom::plan::exchange_route {
 namespace {
 
 using Token = std::pair<int, std::int64_t>;  // document, position
@@ -194,4 +194,4 @@ TEST(Routes, RefuseMembersOutsideTheUnit) {
 }
 
 }  // namespace
-}  // namespace meshloom::plan
+}  // namespace meshloom::plan::exchange_route
