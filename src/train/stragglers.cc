@@ -22,7 +22,7 @@ constexpr double kFine = 1.1;
 /// Of a step, spent on loading.
 constexpr double kSlowLoad = 0.25;
 constexpr double kFineLoad = 0.1;
-/// A rank whose data is slow is the slowest in this part of the window.
+/// A rank that holds the others up is the slowest in this part of the window.
 constexpr double kMostly = 0.75;
 constexpr double kNoPace = std::numeric_limits<double>::quiet_NaN();
 
@@ -119,14 +119,15 @@ void StragglerWatch::judge() {
     const int rank = static_cast<int>(r);
     const double pace = over_window([&](const Entry& entry) { return entry.pace[r]; });
     const double quick = lower_quarter([&](const Entry& entry) { return entry.pace[r]; });
-    tell(rank, Cause::kHardware, quick >= kFine ? pace : std::min(pace, kFine), kSlow, kFine,
+    const auto led = std::count_if(window_.begin(), window_.end(),
+                                   [&](const Entry& entry) { return entry.slowest == rank; });
+    const bool mostly = static_cast<double>(led) >= kMostly * static_cast<double>(window_.size());
+    tell(rank, Cause::kHardware, mostly && quick >= kFine ? pace : std::min(pace, kFine), kSlow,
+         kFine,
          fmt::format("took {:.2f} times as long for its work as the middle rank (slow hardware, or "
                      "a busy host); ranks waited {:.3g} s a step for their peers",
                      pace, waiting));
     const double share = over_window([&](const Entry& entry) { return entry.share[r]; });
-    const auto led = std::count_if(window_.begin(), window_.end(),
-                                   [&](const Entry& entry) { return entry.slowest == rank; });
-    const bool mostly = static_cast<double>(led) >= kMostly * static_cast<double>(window_.size());
     const bool leads = mostly && !told_.contains({rank, Cause::kHardware});
     tell(rank, Cause::kData, leads ? share : 1.0, kSlow, kFine,
          fmt::format("was the slowest because its plans held {:.2f} times the mean work (slow "

@@ -97,7 +97,10 @@ Candidate Search::start_(double target, Fit fit, const PlacementRule& rule) {
   candidate.target = target;
   for (std::size_t i = 0; i < model_.items.size(); ++i) {
     int degree = model_.degree(model_.items[i], target);
-    if (fit == Fit::kAligned) degree = model_.ranks / (model_.ranks / degree);
+    if (fit == Fit::kAligned) {
+      degree = std::min(model_.ranks / (model_.ranks / degree),
+                        std::max(degree, model_.most_ranks(model_.items[i])));
+    }
     if (degree > 1) candidate.jobs.push_back({static_cast<int>(i), degree});
   }
   std::sort(candidate.jobs.begin(), candidate.jobs.end(),
@@ -195,8 +198,8 @@ int Search::random_degree_(const Candidate& candidate, int now) {
 void Search::set_degree_(Candidate& candidate, int item, int degree) const {
   auto& jobs = candidate.jobs;
   std::erase_if(jobs, [&](const Job& job) { return job.item == item; });
-  degree =
-      std::clamp(degree, model_.items[static_cast<std::size_t>(item)].memory_degree, model_.ranks);
+  const Item& of = model_.items[static_cast<std::size_t>(item)];
+  degree = std::clamp(degree, of.memory_degree, model_.most_ranks(of));
   if (degree == 1) return;
   const Job job{item, degree};
   jobs.insert(std::upper_bound(jobs.begin(), jobs.end(), job,

@@ -68,7 +68,8 @@ class Exact {
     if (model_.cost.fixed > 0.0 && !pieces_.empty()) extend_(last_start, last_item);
     for (std::size_t i = 0; i < used_.size(); ++i) {
       if (used_[i] || same_as_earlier(i)) continue;
-      for (int degree = model_.items[i].memory_degree; degree <= model_.ranks; ++degree) {
+      for (int degree = model_.items[i].memory_degree; degree <= model_.most_ranks(model_.items[i]);
+           ++degree) {
         open_(i, degree, last_start, last_item);
       }
     }

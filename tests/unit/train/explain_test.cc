@@ -24,7 +24,7 @@ namespace {
 using plan::Op;
 
 /// Planted time of forward or backward of a token, far above the tiny model's own.
-constexpr std::chrono::microseconds kTokenTime{100};
+constexpr std::chrono::microseconds kTokenTime{400};
 /// Planted slowness of one rank.
 constexpr double kFactor = 2.0;
 /// Sleeping and a loaded machine add to planted times, never take from them.
@@ -73,12 +73,23 @@ TEST(Explain, SlowHardwareIsToldFromData) {
   const TemporaryFolder folder;
   const Told told =
       planted(tiny_config(folder.file("run"), 12), {1.0, kFactor, 1.0}, /*strategy=*/nullptr);
-  const StepMetrics& last = told.steps.back();
-  ASSERT_EQ(last.ranks.size(), 3U);
-  EXPECT_EQ(last.extra.at("slowest_rank"), 1.0);
-  EXPECT_GT(last.extra.at("slow_hardware_seconds"), 0.5 * last.ranks[1].planned);
-  EXPECT_LT(std::abs(last.extra.at("slow_data_seconds")), 0.25 * last.ranks[1].planned);
-  EXPECT_GT(last.extra.at("waiting_seconds"), 0.2 * last.ranks[1].planned);
+  double planned_time = 0.0;
+  double hardware = 0.0;
+  double data = 0.0;
+  double waiting = 0.0;
+  int slowest = 0;
+  for (const StepMetrics& step : told.steps) {
+    ASSERT_EQ(step.ranks.size(), 3U);
+    planned_time += step.ranks[1].planned;
+    hardware += step.extra.at("slow_hardware_seconds");
+    data += step.extra.at("slow_data_seconds");
+    waiting += step.extra.at("waiting_seconds");
+    slowest += step.extra.at("slowest_rank") == 1.0;
+  }
+  EXPECT_GE(slowest, 9);  // of 12
+  EXPECT_GT(hardware, 0.5 * planned_time);
+  EXPECT_LT(std::abs(data), 0.25 * planned_time);
+  EXPECT_GT(waiting, 0.2 * planned_time);
   ASSERT_EQ(told.notices.size(), 1U);
   EXPECT_NE(told.notices[0].find("rank 1 took"), std::string::npos) << told.notices[0];
   EXPECT_NE(told.notices[0].find("slow hardware"), std::string::npos) << told.notices[0];
@@ -105,10 +116,11 @@ TEST(Explain, UnequalDataIsToldFromHardware) {
     hardware += std::abs(step.extra.at("slow_hardware_seconds"));
   }
   EXPECT_GT(data, 3.0 * hardware);
-  ASSERT_EQ(told.notices.size(), 1U);
-  EXPECT_NE(told.notices[0].find("rank 0 was the slowest because its plans held"),
-            std::string::npos)
-      << told.notices[0];
+  ASSERT_FALSE(told.notices.empty());
+  for (const std::string& notice : told.notices) {
+    EXPECT_NE(notice.find("rank 0 was the slowest because its plans held"), std::string::npos)
+        << notice;
+  }
 }
 
 TEST(Explain, RankTimesAreThePlantedOnes) {
