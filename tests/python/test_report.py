@@ -147,11 +147,11 @@ def test_a_signal_asks_every_rank_for_its_report(build_dir: Path, tmp_path: Path
     assert f"more in {tmp_path}/run/flight" in errors
 
 
+@pytest.mark.full
 def test_page_in_a_browser(build_dir: Path, finished: Path, tmp_path: Path) -> None:
     """The script runs through: nothing of the page stays empty."""
     browser = os.environ.get("MESHLOOM_BROWSER") or shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium here; MESHLOOM_BROWSER names one")
+    assert browser is not None, "install chromium, or name a browser by MESHLOOM_BROWSER"
     page = tmp_path / "run.html"
     meshloom(build_dir, "report", finished, "-o", page)
     shown = subprocess.run(
