@@ -88,12 +88,22 @@ std::string GroupImpl::pending_report() {
   const auto works = tracked();
   std::string result;
   for (const auto& work : works) {
-    const auto peers = missing(*work);
+    const std::string peers = missing_peers(*work);
     result += fmt::format("[{}] {} for {:.3f} s; missing peers: {}\n", work->where(), work->who(),
-                          work->age_seconds(),
-                          peers.empty() ? "unknown" : fmt::format("{}", fmt::join(peers, ", ")));
+                          work->age_seconds(), peers.empty() ? "unknown" : peers);
   }
   return result;
+}
+
+std::string GroupImpl::missing_peers(const WorkImpl& work) {
+  std::vector<std::string> names;
+  for (const int peer : missing(work)) {
+    const bool of_world = ranks_of_world.empty();
+    names.push_back(of_world ? fmt::format("{}", peer)
+                             : fmt::format("{} (rank {} of the world)", peer,
+                                           ranks_of_world[static_cast<std::size_t>(peer)]));
+  }
+  return fmt::format("{}", fmt::join(names, ", "));
 }
 
 std::vector<GroupImpl::SplitVote> GroupImpl::gather_votes(int color, int key,

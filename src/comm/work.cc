@@ -1,7 +1,6 @@
 #include "meshloom/comm/work.h"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <utility>
 
@@ -125,7 +124,7 @@ void WorkImpl::expire(std::chrono::milliseconds limit) {
   const auto group = group_.lock();
   std::string missing = "unknown (the group is gone)";
   if (group) {
-    missing = fmt::format("{}", fmt::join(group->missing(*this), ", "));
+    missing = group->missing_peers(*this);
     // A peer that timed out first has aborted the group, and with it what was known of who is
     // there.
     if (const std::string reason = group->abort_reason(); missing.empty() && !reason.empty()) {

@@ -107,6 +107,9 @@ class MESHLOOM_API GroupImpl : public std::enable_shared_from_this<GroupImpl> {
   /// Remembers a started call for `pending_report`.
   void track(const std::shared_ptr<WorkImpl>& work);
   [[nodiscard]] std::string pending_report();
+  /// The peers that `work` waits for, by rank of this group and, where it is not the world, of the
+  /// world: "1 (rank 3 of the world)". Empty where they are not known.
+  [[nodiscard]] std::string missing_peers(const WorkImpl& work);
   /// Fails every pending call that was tracked.
   void fail_tracked(const std::string& reason);
 
