@@ -57,8 +57,9 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     rank has: experts are divided by ep, not by tp, and meet their own replicas. ZeRO-2 scatters
     gradients in every slot (four bytes a parameter: two in forward, two in backward, as the
     simulator's gathers are), ZeRO-3 gathers parameters twice beside it.
-    Full recomputation repeats forward's traffic in backward, selective gathers the input of dense
-    feed-forwards once more. A mixture of experts has half of a dense layer's tensor traffic.
+    Full recomputation repeats forward's traffic in backward, exchanges left out, selective gathers
+    the input of dense feed-forwards once more. A mixture of experts has half of a dense layer's
+    tensor traffic.
     """
     result = Workload()
     result.layers = model.layers
@@ -75,6 +76,7 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     result.key_value_heads = max(model.key_value_heads // one.tp, 1)
     result.head_dim = model.head_dim
     result.element_bytes = model.element_bytes
+    result.wire_bytes = model.element_bytes
     saved = sum(model.saved_bytes(i, one.recompute, one.tp) for i in range(model.layers))
     result.saved_bytes = saved / model.layers
     result.dispatch_bytes = (

@@ -129,10 +129,6 @@ class ModelSizes:
             return norms + attention + (inner + hidden) * element + self.experts * _STATISTIC_BYTES
         return norms + attention + inner * element
 
-    def key_value_bytes(self, tp: int = 1) -> float:
-        """Keys and values of one token and layer on all `tp` tensor ranks' wires."""
-        return float(2 * max(self.key_value_heads, tp) * self.head_dim * self.element_bytes)
-
 
 class _Fields:
     def __init__(self, root: dict[str, Any], name: str) -> None:
