@@ -600,7 +600,14 @@ class ParallelSection:
     """
     pipeline: str
     recompute: str
+    split_by: str
     def __init__(self, **kwargs) -> None:
+        ...
+    @property
+    def ranks_per_node(self) -> int:
+        ...
+    @ranks_per_node.setter
+    def ranks_per_node(self, arg0: typing.SupportsInt) -> None:
         ...
     @property
     def split(self) -> list[int]:

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <string>
 #include <utility>
 
 #include "meshloom/core/check.h"
@@ -34,38 +36,47 @@ Groups::Groups(comm::Communicator world, const ModelPlacement& placement)
   if (layout_.pp > 1) {
     pipeline_ = part_of(world_, layout_.hdp * layout_.tp == 1, at_.hdp * layout_.tp + at_.tp, "pp");
   }
-  const auto set = [&](ReplicaSet which) -> std::optional<comm::Communicator>& {
-    return replicas_[static_cast<std::size_t>(which)];
-  };
-  set(ReplicaSet::kDense) = hdp_;
-  const int member = at_.hdp % layout_.ep;
   if (layout_.ep > 1) {
     experts_ = ExpertParallel{.group = *hdp_.split(at_.hdp / layout_.ep, at_.hdp, "ep"),
                               .map = placement.experts};
   }
-  if (layout_.tp > 1) {
-    set(ReplicaSet::kReplicated) = part_of(world_, layout_.pp == 1, at_.pp, "replicated");
-    if (placement.config.kv_heads < layout_.tp) {
-      const int copies = layout_.tp / static_cast<int>(placement.config.kv_heads);
-      const int heads = layout_.tp / copies;
-      set(ReplicaSet::kKeyValue) =
-          *world_.split(at_.pp * heads + at_.tp / copies, world_.rank(), "key_value");
-    }
-  }
-  if (layout_.ep * layout_.tp > 1) {
-    set(ReplicaSet::kExpert) =
-        part_of(world_, layout_.ep * layout_.pp == 1, at_.pp * layout_.ep + member, "experts");
-  }
-  if (placement.config.tie_word_embeddings && placement.pieces.size() > 1) {
-    const int first = placement.pieces.front().stage;
-    const int last = placement.pieces.back().stage;
-    const bool holds = at_.pp == first || at_.pp == last;
-    set(ReplicaSet::kTied) = world_.split(holds ? at_.tp : -1, world_.rank(), "tied");
+  for (const ReplicaSet set : kReplicaSets) {
+    replicas_[static_cast<std::size_t>(set)] = make_replicas(set, placement);
   }
 }
 
-comm::Communicator& Groups::replicas(ReplicaSet set) {
-  std::optional<comm::Communicator>& found = replicas_[static_cast<std::size_t>(set)];
+std::optional<Replicas> Groups::make_replicas(ReplicaSet set, const ModelPlacement& placement) {
+  const ReplicaOrder some =
+      placement.replicas(set, layout_.rank({.pp = placement.pieces.front().stage}));
+  if (some.ranks.empty()) return std::nullopt;  // nobody has any
+  const ReplicaOrder own = placement.replicas(set, world_.rank());
+  const std::string name(to_string(set));
+  const auto group_of = [&](std::size_t first, const std::string& level) {
+    return world_.split(own.ranks.empty() ? -1 : own.ranks[first], world_.rank(), name + level);
+  };
+  if (some.nodes == 1) {
+    if (set == ReplicaSet::kDense) return Replicas(hdp_);
+    if (std::ssize(some.ranks) == world_.size()) return Replicas(world_);
+    std::optional<comm::Communicator> group = group_of(0, "");
+    return group ? std::optional(Replicas(*std::move(group))) : std::nullopt;
+  }
+  const auto found = std::find(own.ranks.begin(), own.ranks.end(), world_.rank());
+  const auto nodes = static_cast<std::size_t>(some.nodes);
+  const auto position = static_cast<std::size_t>(found - own.ranks.begin());
+  const auto levels = [&](const std::string& kind) -> std::optional<ReplicaLevels> {
+    std::optional<comm::Communicator> inside = group_of(position % nodes, kind + "_inside");
+    std::optional<comm::Communicator> across = group_of(position / nodes * nodes, kind + "_across");
+    if (!inside) return std::nullopt;
+    return ReplicaLevels{.inside = *std::move(inside), .across = *std::move(across)};
+  };
+  std::optional<ReplicaLevels> sums = levels("_sums");
+  std::optional<ReplicaLevels> gatherings = levels("_gatherings");
+  if (!sums) return std::nullopt;
+  return Replicas(*std::move(sums), *std::move(gatherings));
+}
+
+const Replicas& Groups::replicas(ReplicaSet set) const {
+  const std::optional<Replicas>& found = replicas_[static_cast<std::size_t>(set)];
   MESHLOOM_CHECK(found.has_value(), "parallel.groups",
                  fmt::format("rank {} has no {} parameters", world_.rank(), to_string(set)));
   return *found;

@@ -68,11 +68,45 @@ model::ParameterTable ModelPlacement::chunk_table(const ChunkPlace& chunk, int r
                                 {.rank = layout.coordinates(rank).tp, .ranks = layout.tp});
 }
 
+ReplicaOrder ModelPlacement::replicas(ReplicaSet set, int rank) const {
+  const Coordinates at = layout.coordinates(rank);
+  const int stage_ranks = layout.hdp * layout.tp;
+  const bool fits = ranks_per_node > 0 && stage_ranks % ranks_per_node == 0 &&
+                    ranks_per_node % (layout.ep * layout.tp) == 0;
+  const auto ordered = [&](std::vector<int> stages, int hdp_begin, int hdp_step, int tp_begin,
+                           int tp_count) {
+    return order_replicas(
+        world_ranks(layout, std::move(stages), hdp_begin, hdp_step, tp_begin, tp_count),
+        fits ? ranks_per_node : 0);
+  };
+  switch (set) {
+    case ReplicaSet::kDense:
+      return ordered({at.pp}, 0, 1, at.tp, 1);
+    case ReplicaSet::kReplicated:
+      if (layout.tp == 1) return {};
+      return ordered({at.pp}, 0, 1, 0, layout.tp);
+    case ReplicaSet::kKeyValue: {
+      if (config.kv_heads >= layout.tp) return {};
+      const int copies = layout.tp / static_cast<int>(config.kv_heads);
+      return ordered({at.pp}, 0, 1, at.tp / copies * copies, copies);
+    }
+    case ReplicaSet::kExpert:
+      if (layout.ep * layout.tp == 1) return {};
+      return ordered({at.pp}, at.hdp % layout.ep, layout.ep, 0, layout.tp);
+    case ReplicaSet::kTied:
+      break;
+  }
+  const int first = pieces.front().stage;
+  const int last = pieces.back().stage;
+  if (!config.tie_word_embeddings || pieces.size() == 1 || (at.pp != first && at.pp != last)) {
+    return {};
+  }
+  return ordered({first, last}, 0, 1, at.tp, 1);
+}
+
 std::vector<PlacedPart> ModelPlacement::parts(int rank) const {
   const Coordinates at = layout.coordinates(rank);
   const int member = at.hdp % layout.ep;
-  const int first_stage = pieces.front().stage;
-  const int last_stage = pieces.back().stage;
   const auto set_of = [&](const model::ParameterSpec& spec) {
     if (spec.expert >= 0 && layout.ep * layout.tp > 1) return ReplicaSet::kExpert;
     if (config.tie_word_embeddings && pieces.size() > 1 && spec.name == kEmbedding) {
@@ -80,21 +114,6 @@ std::vector<PlacedPart> ModelPlacement::parts(int rank) const {
     }
     if (spec.copies == 1) return ReplicaSet::kDense;
     return spec.copies == layout.tp ? ReplicaSet::kReplicated : ReplicaSet::kKeyValue;
-  };
-  const auto ranks_of = [&](ReplicaSet set, int copies) {
-    switch (set) {
-      case ReplicaSet::kDense:
-        return world_ranks(layout, {at.pp}, 0, 1, at.tp, 1);
-      case ReplicaSet::kReplicated:
-        return world_ranks(layout, {at.pp}, 0, 1, 0, layout.tp);
-      case ReplicaSet::kKeyValue:
-        return world_ranks(layout, {at.pp}, 0, 1, at.tp / copies * copies, copies);
-      case ReplicaSet::kExpert:
-        return world_ranks(layout, {at.pp}, member, layout.ep, 0, layout.tp);
-      case ReplicaSet::kTied:
-        break;
-    }
-    return world_ranks(layout, {first_stage, last_stage}, 0, 1, at.tp, 1);
   };
   const auto zero_of = [&](ReplicaSet set) {
     const bool small = set == ReplicaSet::kReplicated || set == ReplicaSet::kKeyValue;
@@ -137,7 +156,7 @@ std::vector<PlacedPart> ModelPlacement::parts(int rank) const {
         part.zero = zero_of(set);
         part.piece = chunk.piece;
         part.last_layer = spec.layer;
-        part.ranks = ranks_of(set, spec.copies);
+        part.replicas = replicas(set, rank);
         result.push_back(std::move(part));
       }
       PlacedPart& part = result[found->second];
@@ -186,6 +205,26 @@ ModelPlacement place_model(const model::ModelConfig& config, const Layout& layou
   }
   result.split = std::move(split);
   return result;
+}
+
+std::vector<int> split_by_cost(const model::ModelConfig& config, int pieces) {
+  const auto met = [&](const model::ParameterSpec& spec) {
+    const auto elements = static_cast<double>(spec.elements());
+    if (spec.expert < 0) return elements;
+    return elements * static_cast<double>(config.moe.experts_per_token) /
+           static_cast<double>(config.moe.experts);
+  };
+  std::vector<double> layers(static_cast<std::size_t>(config.layers), 0.0);
+  const model::ParameterTable table =
+      model::parameter_table(config, {0, config.layers}, /*with_embedding=*/true,
+                             /*with_head=*/true);
+  for (const model::ParameterSpec& spec : table.parameters) {
+    if (0 <= spec.layer && spec.layer < config.layers) {
+      layers[static_cast<std::size_t>(spec.layer)] += met(spec);
+    }
+  }
+  const auto head = static_cast<double>(config.vocab_size * config.hidden_size);
+  return plan::level_split(layers, 0.0, head, pieces);
 }
 
 std::vector<std::shared_ptr<model::Stage>> build_stages(const ModelPlacement& placement,

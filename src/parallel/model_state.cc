@@ -176,6 +176,7 @@ class ModelState::Chunk final : public model::ParameterSource, public model::Wei
   }
 
   at::Tensor values(const Piece& piece) {
+    state_.advance();
     enter(piece.layer);
     if (piece.part == kNowhere) {
       return at::empty(piece.local.shape,
@@ -239,9 +240,9 @@ ModelState::ModelState(ModelPlacement placement, Groups& groups, at::ScalarType 
                        at::Device device)
     : placement_(std::move(placement)), world_(groups.world()), compute_(compute), device_(device) {
   for (PlacedPart& part : placement_.parts(world_.rank())) {
-    comm::Communicator& replicas = groups.replicas(part.set);
-    MESHLOOM_CHECK_EQ(static_cast<int>(part.ranks.size()), replicas.size(), "parallel.model_state",
-                      "ranks that share a part's parameters");
+    const Replicas& replicas = groups.replicas(part.set);
+    MESHLOOM_CHECK_EQ(static_cast<int>(part.replicas.ranks.size()), replicas.size(),
+                      "parallel.model_state", "ranks that share a part's parameters");
     ShardedSpace space(part.table, replicas, part.zero, compute, device);
     parts_.push_back({.place = std::move(part), .space = std::move(space)});
   }
@@ -249,6 +250,10 @@ ModelState::ModelState(ModelPlacement placement, Groups& groups, at::ScalarType 
     if (parts_[p].space.zero() == Zero::kOptimizer) summed_once_.push_back(p);
   }
   ready_.assign(parts_.size(), false);
+  for (const ReplicaSet set : kReplicaSets) {
+    const auto has = [&](const Part& part) { return part.place.set == set; };
+    if (std::any_of(parts_.begin(), parts_.end(), has)) replicas_.push_back(groups.replicas(set));
+  }
   for (const ChunkPlace& chunk : placement_.chunks(groups.at().pp)) {
     chunks_.push_back(std::make_unique<Chunk>(*this, placement_.chunk_table(chunk, world_.rank())));
   }
@@ -274,6 +279,7 @@ void ModelState::end_pass(int chunk) {
 }
 
 void ModelState::layer_done(Chunk& chunk, std::int64_t layer) {
+  advance();
   for (const std::size_t index : chunk.parts_of(layer)) {
     Part& part = parts_[index];
     if (part.place.first_layer != layer || part.place.set == ReplicaSet::kTied) continue;
@@ -288,6 +294,10 @@ void ModelState::layer_done(Chunk& chunk, std::int64_t layer) {
   while (started_ < summed_once_.size() && ready_[summed_once_[started_]]) {
     parts_[summed_once_[started_++]].space.start_reduce();
   }
+}
+
+void ModelState::advance() {
+  for (Replicas& replicas : replicas_) replicas.advance();
 }
 
 void ModelState::finish_flushes(std::size_t keep) {
@@ -336,11 +346,10 @@ at::Tensor ModelState::collect(const std::function<at::Tensor(const ShardedSpace
   std::vector<std::vector<PlacedPart>> of_rank;
   std::vector<std::int64_t> elements;
   const auto range_of = [](const PlacedPart& part, int rank) {
-    const auto found = std::find(part.ranks.begin(), part.ranks.end(), rank);
-    const auto index = static_cast<std::int64_t>(found - part.ranks.begin());
-    const auto count = static_cast<std::int64_t>(part.ranks.size());
-    return FlatRange{part.table.elements * index / count,
-                     part.table.elements * (index + 1) / count};
+    const std::vector<int>& ranks = part.replicas.ranks;
+    const auto found = std::find(ranks.begin(), ranks.end(), rank);
+    return owned_range(part.table.elements, static_cast<int>(found - ranks.begin()),
+                       static_cast<int>(ranks.size()));
   };
   if (everywhere || world_.rank() == 0) {
     for (int rank = 0; rank < size; ++rank) {

@@ -10,32 +10,26 @@
 namespace meshloom::parallel {
 namespace {
 
-constexpr comm::CallOptions kGradientCall{.timeout = std::nullopt, .purpose = "gradients"};
-constexpr comm::CallOptions kParameterCall{.timeout = std::nullopt, .purpose = "parameters"};
-
 at::ScalarType master_type(at::ScalarType compute) {
   return compute == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 }  // namespace
 
-ShardedSpace::ShardedSpace(model::ParameterTable table, comm::Communicator group, Zero zero,
+ShardedSpace::ShardedSpace(model::ParameterTable table, Replicas replicas, Zero zero,
                            at::ScalarType compute, at::Device device)
     : table_(std::move(table)),
-      group_(std::move(group)),
+      replicas_(std::move(replicas)),
       zero_(alone() ? Zero::kOptimizer : zero),
       value_options_(at::TensorOptions().dtype(compute).device(device)),
       master_options_(at::TensorOptions().dtype(master_type(compute)).device(device)) {
-  for (int rank = 0; rank < group_.size(); ++rank) rows_.push_back(range(rank).size());
   if (!shards_values()) values_ = at::zeros({table_.elements}, value_options_);
   if (zero_ == Zero::kOptimizer) gradients_ = at::zeros({table_.elements}, master_options_);
   assign(shards_values() ? at::zeros({table_.elements}, value_options_) : values_);
 }
 
-FlatRange ShardedSpace::range(int rank) const {
-  const std::int64_t size = group_.size();
-  MESHLOOM_CHECK(rank >= 0 && rank < size, "parallel.sharded_space", "rank outside the group");
-  return {.begin = table_.elements * rank / size, .end = table_.elements * (rank + 1) / size};
+FlatRange ShardedSpace::own_range() const {
+  return owned_range(table_.elements, replicas_.position(), replicas_.size());
 }
 
 at::Tensor ShardedSpace::shard_values() const { return master_.to(value_options_); }
@@ -51,12 +45,12 @@ const at::Tensor& ShardedSpace::values() {
 
 void ShardedSpace::fetch() {
   if (!shards_values() || values_.defined() || gathering_) return;
-  gathering_ = group_.all_gather(shard_values(), rows_, kParameterCall);
+  gathering_ = replicas_.all_gather(shard_values(), table_.elements);
 }
 
 void ShardedSpace::drop() {
   if (!shards_values()) return;
-  if (gathering_) gathering_->wait();
+  if (gathering_) static_cast<void>(gathering_->result());
   gathering_.reset();
   values_.reset();
 }
@@ -78,7 +72,7 @@ void ShardedSpace::zero_gradients() {
 
 void ShardedSpace::start_reduce() {
   if (alone()) return;
-  reducing_ = group_.reduce_scatter(gradients(), rows_, kGradientCall);
+  reducing_ = replicas_.reduce_scatter(gradients());
 }
 
 void ShardedSpace::finish_reduce() {
@@ -102,7 +96,7 @@ void ShardedSpace::start_gather() {
   const FlatRange own = own_range();
   at::Tensor shard = values_.narrow(0, own.begin, own.size());
   if (!shard.is_alias_of(master_)) shard.copy_(master_);
-  if (!alone()) gathering_ = group_.all_gather(shard, rows_, kParameterCall);
+  if (!alone()) gathering_ = replicas_.all_gather(shard, table_.elements);
 }
 
 void ShardedSpace::finish_gather() {

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <limits>
+#include <utility>
 
+#include "meshloom/core/check.h"
 #include "meshloom/core/error.h"
 #include "plan/internal/schedules.h"
 #include "plan/internal/timetable.h"
@@ -157,6 +160,54 @@ std::vector<int> even_split(int layers, int pieces) {
   std::vector<int> split;
   for (std::int64_t v = 0; v < pieces; ++v) {
     split.push_back(static_cast<int>((v + 1) * layers / pieces - v * layers / pieces));
+  }
+  return split;
+}
+
+std::vector<int> level_split(std::span<const double> layers, double first, double last,
+                             int pieces) {
+  const auto count = static_cast<int>(layers.size());
+  MESHLOOM_CHECK(
+      1 <= pieces && pieces <= count, "plan.level_split",
+      fmt::format("{} pieces of {} layers, expected 1 to as many pieces as layers", pieces, count));
+  std::vector<double> before{0.0};  // work of the layers before each
+  for (const double work : layers) before.push_back(before.back() + work);
+  const auto at = [](int i) { return static_cast<std::size_t>(i); };
+  const auto work_of = [&](int piece, int begin, int end) {
+    return before[at(end)] - before[at(begin)] + (piece == 0 ? first : 0.0) +
+           (piece + 1 == pieces ? last : 0.0);
+  };
+  // best[v][end]: least `combine` over pieces 0 .. v that end before layer `end`.
+  std::vector<std::vector<int>> cut;
+  const auto solve = [&](const auto& combine) {
+    constexpr double kNever = std::numeric_limits<double>::infinity();
+    std::vector<double> best(layers.size() + 1, kNever);
+    best[0] = 0.0;
+    cut.assign(at(pieces), std::vector<int>(layers.size() + 1, 0));
+    for (int v = 0; v < pieces; ++v) {
+      std::vector<double> next(layers.size() + 1, kNever);
+      for (int end = v + 1; end <= count; ++end) {
+        for (int begin = v; begin < end; ++begin) {
+          const double value = combine(best[at(begin)], work_of(v, begin, end));
+          if (value < next[at(end)]) {
+            next[at(end)] = value;
+            cut[at(v)][at(end)] = begin;
+          }
+        }
+      }
+      best = std::move(next);
+    }
+    return best.back();
+  };
+  const double heaviest =
+      solve([](double sum, double work) { return std::max(sum, work); }) * (1.0 + 1e-12);
+  static_cast<void>(solve([&](double sum, double work) {
+    return work > heaviest ? std::numeric_limits<double>::infinity() : sum + work * work;
+  }));
+  std::vector<int> split(at(pieces));
+  for (int v = pieces - 1, end = count; v >= 0; --v) {
+    split[at(v)] = end - cut[at(v)][at(end)];
+    end = cut[at(v)][at(end)];
   }
   return split;
 }

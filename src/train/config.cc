@@ -58,6 +58,7 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   if (c.parallel.zero < 1 || c.parallel.zero > 3) {
     check.add("parallel.zero", fmt::format("got {}, expected 1, 2 or 3", c.parallel.zero));
   }
+  check.one_of("parallel.split_by", c.parallel.split_by, {"cost", "layers"});
   check.one_of("parallel.recompute", c.parallel.recompute, {"none", "selective", "full"});
   if (!std::regex_match(c.device, std::regex("cpu|cuda(:[0-9]+)?"))) {
     check.add("device", fmt::format("got \"{}\", expected cpu, cuda or cuda:N", c.device));

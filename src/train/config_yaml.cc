@@ -78,7 +78,9 @@ void fields(auto& visit, Is<ParallelSection> auto& parallel) {
   visit("zero", parallel.zero);
   visit("pipeline", parallel.pipeline);
   visit("split", parallel.split);
+  visit("split_by", parallel.split_by);
   visit("recompute", parallel.recompute);
+  visit("ranks_per_node", parallel.ranks_per_node);
 }
 
 void fields(auto& visit, Is<CheckpointSection> auto& checkpoint) {

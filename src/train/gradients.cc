@@ -119,9 +119,7 @@ GradientsResult gradients(const GradientsOptions& options,
     layout = detail::resolve_layout(options.layout, world.size(), kGradientsWhere);
     device = detail::parse_device(options.device, hosts.local_rank);
     config = model::ModelConfig::load(options.model + "/config.json");
-    placement =
-        parallel::place_model(config, layout, options.parallel.pipeline, options.parallel.split,
-                              parallel::parse_zero(options.parallel.zero));
+    placement = detail::place(config, layout, options.parallel, hosts);
     check_documents(documents, config.vocab_size);
     if (options.capacity_tokens < 0) {
       throw InvalidArgument(

@@ -88,6 +88,32 @@ Layout resolve_layout(Layout layout, int world_size, const char* where) {
   return layout;
 }
 
+parallel::ModelPlacement place(const model::ModelConfig& model, const Layout& layout,
+                               const ParallelSection& section, const Hosts& hosts) {
+  const int pieces = layout.pp * layout.chunks;
+  std::vector<int> split = section.split;
+  if (split.empty() && section.split_by == "cost" && pieces <= model.layers) {
+    split = parallel::split_by_cost(model, pieces);
+  }
+  parallel::ModelPlacement placement = parallel::place_model(
+      model, layout, section.pipeline, std::move(split), parallel::parse_zero(section.zero));
+  if (section.ranks_per_node < 0 ||
+      (section.ranks_per_node > 0 && layout.world_size() % section.ranks_per_node != 0)) {
+    throw InvalidArgument("train.parallel",
+                          fmt::format("ranks_per_node is {}, expected a divisor of the {} ranks, "
+                                      "or 0 for the ranks of a host",
+                                      section.ranks_per_node, layout.world_size()));
+  }
+  placement.ranks_per_node =
+      section.ranks_per_node > 0 ? section.ranks_per_node : hosts.ranks_per_host;
+  return placement;
+}
+
+int hdp_ranks_per_node(const parallel::ModelPlacement& placement) {
+  const int tp = placement.layout.tp;
+  return placement.ranks_per_node % tp == 0 ? placement.ranks_per_node / tp : 0;
+}
+
 void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options) {
   plan::verify(plan);
   plan::verify(plan, plan::compile(plan, options));

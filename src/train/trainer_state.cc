@@ -133,9 +133,8 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
 void Trainer::Impl::resolve() {
   config_.layout = detail::resolve_layout(config_.layout, world_.size(), kStateWhere);
   config_.resolve(world_.size());
-  placement_ =
-      parallel::place_model(model_, config_.layout, config_.parallel.pipeline,
-                            config_.parallel.split, parallel::parse_zero(config_.parallel.zero));
+  placement_ = detail::place(model_, config_.layout, config_.parallel, hosts_);
+  compile_ = detail::compile_options(placement_, config_.parallel.pipeline);
   if (config_.deterministic && !world_.deterministic()) {
     throw InvalidArgument(kStateWhere,
                           fmt::format("deterministic: the {} communicator reduces in any order; "
@@ -214,11 +213,10 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   plan::PlanProblem problem;
   problem.layout = config_.layout;
   problem.capacity_tokens = config_.capacity_tokens;
-  problem.ranks_per_node = hosts_.ranks_per_host;
+  problem.ranks_per_node = detail::hdp_ranks_per_node(placement_);
   if (placement_.zero != parallel::Zero::kOptimizer) problem.lockstep = plan::Lockstep::kHdp;
-  planner_ = std::make_unique<detail::StepPlanner>(
-      loader_, std::move(strategy), config_.strategy, std::move(problem),
-      detail::compile_options(placement_, config_.parallel.pipeline));
+  planner_ = std::make_unique<detail::StepPlanner>(loader_, std::move(strategy), config_.strategy,
+                                                   std::move(problem), compile_);
 }
 
 /// Figures are measured by all ranks, so not between what may fail on one. In deterministic mode
@@ -253,7 +251,7 @@ void Trainer::Impl::choose_exchanges() {
          .type = type,
          .device = device_,
          .layers = static_cast<int>(model_.layers),
-         .ranks_per_node = hosts_.ranks_per_host / tp});
+         .ranks_per_node = detail::hdp_ranks_per_node(placement_)});
   }
   if (planner_) planner_->set_exchanges(std::move(model), std::move(rules));
 }

@@ -422,8 +422,7 @@ StepMetrics Trainer::Impl::step() {
   metrics.skipped = metrics.loss_tokens == 0;
   if (!metrics.skipped) {
     const parallel::SampleLoader load = sample_loader(order.membership);
-    const plan::Program program = plan::compile_rank(
-        last_plan_, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
+    const plan::Program program = plan::compile_rank(last_plan_, compile_, world_.rank());
     const std::int64_t sent = exchange_sent(groups_->hdp());
     if (balance_) count_routing(program, load);
     outcome =
@@ -468,7 +467,7 @@ double Trainer::Impl::evaluate() {
     problem.step = next_step_;
     problem.layout = config_.layout;
     problem.capacity_tokens = config_.capacity_tokens;
-    problem.ranks_per_node = hosts_.ranks_per_host;
+    problem.ranks_per_node = detail::hdp_ranks_per_node(placement_);
     if (placement_.zero != parallel::Zero::kOptimizer) problem.lockstep = plan::Lockstep::kHdp;
     problem.cost = cost_fit_.model();
     problem.samples = order.membership.samples;
@@ -477,8 +476,7 @@ double Trainer::Impl::evaluate() {
   });
   const detail::StepOrder order =
       detail::StepOrder::from_bytes(detail::broadcast_text(world_, bytes, 0));
-  const plan::Program program = plan::compile_rank(
-      order.plan, detail::compile_options(placement_, config_.parallel.pipeline), world_.rank());
+  const plan::Program program = plan::compile_rank(order.plan, compile_, world_.rank());
   parallel::ExecutorOptions options;
   options.record_spans = false;
   parallel::Executor evaluator(stages_, placement_, *groups_, options,

@@ -1,7 +1,7 @@
 // Meshloom's side of train_step.py: the trainer on documents from a file, one step whenever a line
 // comes in. Under mpirun rank 0 reads the lines.
 //
-//   step_benchmark MODEL_FOLDER DOCUMENTS.jsonl THREADS
+//   step_benchmark MODEL_FOLDER DOCUMENTS.jsonl THREADS [LAYOUT ZERO CAPACITY_TOKENS]
 //
 // Prints an object a step: wall seconds, CPU seconds of this process, loss, tokens; and at the end
 // of its input one with the peak resident memory.
@@ -65,7 +65,15 @@ bool another(meshloom::comm::Communicator& world) {
   return go.item<std::int64_t>() != 0;
 }
 
-void run(const std::string& model, const std::string& documents_path, int threads) {
+/// How the ranks share the work; by default HDP over all of them.
+struct Spread {
+  meshloom::Layout layout{.hdp = 0};
+  int zero = 1;
+  std::int64_t capacity_tokens = 0;  ///< 0: of the longest document
+};
+
+void run(const std::string& model, const std::string& documents_path, int threads,
+         const Spread& spread) {
   const auto environment = meshloom::Environment::from_process();
   meshloom::model::ops::set_cpu_level(environment.cpu);
   auto world = meshloom::comm::make_world(environment);
@@ -85,7 +93,9 @@ void run(const std::string& model, const std::string& documents_path, int thread
   config.global_batch_tokens = total;
   // A micro-batch is as large as the longest document; transformers' side has one document at a
   // time, or a group padded to its longest.
-  config.capacity_tokens = longest;
+  config.capacity_tokens = spread.capacity_tokens > 0 ? spread.capacity_tokens : longest;
+  config.layout = spread.layout;
+  config.parallel.zero = spread.zero;
   config.data.max_document_tokens = longest;
   // What transformers' side does: no balance loss, no clipping, a constant rate.
   config.aux_loss_coefficient = 0.0;
@@ -124,12 +134,20 @@ void run(const std::string& model, const std::string& documents_path, int thread
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) {
-    std::fprintf(stderr, "usage: %s MODEL_FOLDER DOCUMENTS.jsonl THREADS\n", argv[0]);
+  if (argc != 4 && argc != 7) {
+    std::fprintf(stderr,
+                 "usage: %s MODEL_FOLDER DOCUMENTS.jsonl THREADS [LAYOUT ZERO CAPACITY_TOKENS]\n",
+                 argv[0]);
     return 2;
   }
   try {
-    run(argv[1], argv[2], std::stoi(argv[3]));
+    Spread spread;
+    if (argc == 7) {
+      spread = {.layout = meshloom::Layout::parse(argv[4]),
+                .zero = std::stoi(argv[5]),
+                .capacity_tokens = std::stoll(argv[6])};
+    }
+    run(argv[1], argv[2], std::stoi(argv[3]), spread);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 1;

@@ -1,16 +1,19 @@
 // One rank of a training run in which a rank dies, under mpirun --enable-recovery:
-//   train_deaths kill|stop PHASE VICTIM STEP SECONDS RUN_FOLDER
-// PHASE is load, forward, backward, reduce or step (an instruction, before it begins), exchange or
-// dispatch (while the step makes such calls), or checkpoint (while the step is saved).
+//   train_deaths kill|stop PHASE VICTIM STEP SECONDS RUN_FOLDER LAYOUT ZERO
+// PHASE is load, forward, backward, reduce or step (an instruction, before it begins), the purpose
+// of a call (while the step makes such calls), or checkpoint (while the step is saved).
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <string_view>
 #include <thread>
 
 #include "meshloom/comm/backends.h"
@@ -22,6 +25,8 @@ namespace meshloom::train {
 namespace {
 
 constexpr std::int64_t kSteps = 12;
+constexpr std::array<std::string_view, 5> kInstructions{"load", "forward", "backward", "reduce",
+                                                        "step"};
 /// Between looks at what the rank does; a step takes some milliseconds.
 constexpr std::chrono::microseconds kLook{200};
 
@@ -30,6 +35,16 @@ struct Death {
   std::string phase;
   int victim = 0;
   std::int64_t step = 0;
+
+  [[nodiscard]] bool at_instruction() const {
+    return std::find(kInstructions.begin(), kInstructions.end(), phase) != kInstructions.end();
+  }
+};
+
+/// How the ranks share the work.
+struct Spread {
+  Layout layout;
+  int zero = 1;
 };
 
 void say(int rank, const std::string& text) {
@@ -60,9 +75,11 @@ void watch(const comm::Communicator& world, const Death& death, const std::atomi
   }
 }
 
-int run(comm::Communicator world, const Death& death, double limit, const std::string& folder) {
+int run(comm::Communicator world, const Death& death, double limit, const std::string& folder,
+        const Spread& spread) {
   TrainConfig config = tiny_config(folder, kSteps);
-  config.layout = Layout{.hdp = world.size(), .ep = 2};
+  config.layout = spread.layout;
+  config.parallel.zero = spread.zero;
   config.checkpoint.every_steps = 1;
   config.watchdog_seconds = limit / 2.0;
   config.timeout_seconds = limit;
@@ -83,9 +100,7 @@ int run(comm::Communicator world, const Death& death, double limit, const std::s
   int code = 0;
   try {
     Trainer trainer(config, tiny_moe(), tiny_loader(documents), world, nullptr, hooks);
-    const bool watches =
-        death.phase == "exchange" || death.phase == "dispatch" || death.phase == "checkpoint";
-    if (world.rank() == death.victim && watches) {
+    if (world.rank() == death.victim && !death.at_instruction()) {
       watcher = std::thread([&] { watch(world, death, ended); });
     }
     trainer.run([&](const StepMetrics&) { ++steps; });
@@ -103,7 +118,7 @@ int run(comm::Communicator world, const Death& death, double limit, const std::s
 }  // namespace meshloom::train
 
 int main(int argc, char** argv) {
-  if (argc != 7) return 2;
+  if (argc != 9) return 2;
   const std::string signal = argv[1];
   const meshloom::train::Death death{.signal = signal == "kill" ? SIGKILL : SIGSTOP,
                                      .phase = argv[2],
@@ -112,5 +127,7 @@ int main(int argc, char** argv) {
   const double limit = std::atof(argv[5]);
   auto world = meshloom::comm::make_mpi_world(
       {.timeout = std::chrono::milliseconds(static_cast<int>(1000 * limit))});
-  return meshloom::train::run(world, death, limit, argv[6]);
+  return meshloom::train::run(
+      world, death, limit, argv[6],
+      {.layout = meshloom::Layout::parse(argv[7]), .zero = std::atoi(argv[8])});
 }

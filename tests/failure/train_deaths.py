@@ -2,7 +2,8 @@
 
     train_deaths.py MPIRUN PROGRAM [FIRST COUNT]
 
-A sample of the cases; all hundred where MESHLOOM_FULL is set; those from FIRST where it is given.
+A sample of the cases; all where MESHLOOM_FULL is set; those from FIRST where it is given. The first
+hundred are of expert and data parallelism, the others of every phase of other layouts.
 """
 
 from __future__ import annotations
@@ -22,8 +23,25 @@ RANKS = 4
 LIMIT = 3.0
 # Survivors may come to their own limits one after another, on a loaded machine.
 PATIENCE = 4 * LIMIT + 10.0
-PHASES = ("load", "forward", "exchange", "backward", "dispatch", "reduce", "step", "checkpoint")
-ALL = 100
+INSTRUCTIONS = ("load", "forward", "backward", "reduce", "step")
+DRAWN = 100
+
+
+class Spread(NamedTuple):
+    layout: str
+    zero: int
+    phases: tuple[str, ...]
+
+
+EXPERTS = Spread("hdp=4,ep=2", 1, ("load", "forward", "exchange", "backward", "dispatch", "reduce",
+                                   "step", "checkpoint"))
+OTHERS = (
+    Spread("tp=2,hdp=2", 1, ("load", "forward", "tensor", "exchange", "backward", "gradients",
+                             "reduce", "step", "checkpoint")),
+    Spread("hdp=2,pp=2", 2, ("forward", "pipeline", "backward", "gradients", "step", "checkpoint")),
+    Spread("hdp=4", 3, ("forward", "parameters", "backward", "gradients", "reduce", "step")),
+    Spread("tp=2,pp=2", 1, ("forward", "tensor", "pipeline", "backward", "step")),
+)
 
 
 class Case(NamedTuple):
@@ -31,6 +49,7 @@ class Case(NamedTuple):
     phase: str
     victim: int
     step: int
+    spread: Spread = EXPERTS
 
 
 class Report(NamedTuple):
@@ -41,15 +60,23 @@ class Report(NamedTuple):
 def cases() -> list[Case]:
     """Every phase and signal in turn; victims and steps are drawn."""
     draw = random.Random(5)
-    turns = [(how, phase) for phase in PHASES for how in ("kill", "stop")]
-    return [
-        Case(*turns[i % len(turns)], draw.randrange(RANKS), draw.randrange(1, 5)) for i in range(ALL)
+    turns = [(how, phase) for phase in EXPERTS.phases for how in ("kill", "stop")]
+    result = [
+        Case(*turns[i % len(turns)], draw.randrange(RANKS), draw.randrange(1, 5))
+        for i in range(DRAWN)
     ]
+    for spread in OTHERS:
+        for phase in spread.phases:
+            for how in ("kill", "stop"):
+                victim, step = draw.randrange(RANKS), draw.randrange(1, 5)
+                result.append(Case(how, phase, victim, step, spread))
+    return result
 
 
 SAMPLE = (
     Case("kill", "exchange", 2, 2), Case("stop", "forward", 1, 3), Case("kill", "checkpoint", 0, 2),
-    Case("stop", "dispatch", 3, 1),
+    Case("stop", "dispatch", 3, 1), Case("kill", "tensor", 1, 2, OTHERS[0]),
+    Case("stop", "pipeline", 3, 1, OTHERS[1]), Case("kill", "parameters", 2, 1, OTHERS[2]),
 )
 
 
@@ -71,7 +98,7 @@ def problems(case: Case, output: str, folder: pathlib.Path) -> list[str]:
         return ["nobody died"]
     found = []
     # What a thread does to the process lands a little later than what it saw.
-    late = case.phase in ("exchange", "dispatch", "checkpoint")
+    late = case.phase not in INSTRUCTIONS
     steps = f"({case.step}|{case.step + 1})" if late else str(case.step)
     for rank in range(RANKS):
         if rank == case.victim:
@@ -100,7 +127,8 @@ def run(case: Case, mpirun: str, program: str, folder: pathlib.Path) -> str:
     command = [
         mpirun, "--allow-run-as-root", "--oversubscribe", "--enable-recovery",
         "--mca", "mpi_yield_when_idle", "1", "-n", str(RANKS), program, case.how, case.phase,
-        str(case.victim), str(case.step), str(LIMIT), str(folder),
+        str(case.victim), str(case.step), str(LIMIT), str(folder), case.spread.layout,
+        str(case.spread.zero),
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+") as log:
         job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
@@ -134,7 +162,7 @@ def main() -> int:
     mpirun, program, *part = sys.argv[1:]
     wanted: list[Case] = list(SAMPLE)
     if part or os.environ.get("MESHLOOM_FULL"):
-        first, count = (int(word) for word in part) if part else (0, ALL)
+        first, count = (int(word) for word in part) if part else (0, len(cases()))
         wanted = cases()[first : first + count]
     good = 0
     for case in wanted:
@@ -144,7 +172,10 @@ def main() -> int:
             found = problems(case, output, pathlib.Path(folder, "run"))
             if "mpirun does not end" in output:
                 found.append("a rank does not end")
-        words = f"{case.how} rank {case.victim} in {case.phase} of step {case.step}"
+        words = (
+            f"{case.how} rank {case.victim} in {case.phase} of step {case.step}, "
+            f"{case.spread.layout}, ZeRO-{case.spread.zero}"
+        )
         print(f"{words}: {'FAILED' if found else 'ok'}, {time.monotonic() - start:.1f} s", flush=True)
         if found:
             print("\n".join([*found, output]), flush=True)

@@ -8,6 +8,7 @@
 #include "meshloom/mesh/layout.h"
 #include "meshloom/parallel/expert_parallel.h"
 #include "meshloom/parallel/model_placement.h"
+#include "meshloom/parallel/replicas.h"
 
 namespace meshloom::parallel {
 
@@ -30,9 +31,12 @@ class MESHLOOM_API Groups {
   [[nodiscard]] comm::Communicator& pipeline() { return pipeline_.value(); }
   [[nodiscard]] const std::optional<ExpertParallel>& experts() const { return experts_; }
   /// Who shares parameters of that kind with this rank. @throws InvalidArgument  nobody does.
-  [[nodiscard]] comm::Communicator& replicas(ReplicaSet set);
+  [[nodiscard]] const Replicas& replicas(ReplicaSet set) const;
 
  private:
+  [[nodiscard]] std::optional<Replicas> make_replicas(ReplicaSet set,
+                                                      const ModelPlacement& placement);
+
   Layout layout_;
   Coordinates at_;
   comm::Communicator world_;
@@ -40,7 +44,7 @@ class MESHLOOM_API Groups {
   std::optional<comm::Communicator> tensor_;
   std::optional<comm::Communicator> pipeline_;
   std::optional<ExpertParallel> experts_;
-  std::array<std::optional<comm::Communicator>, 5> replicas_;
+  std::array<std::optional<Replicas>, kReplicaSets.size()> replicas_;
 };
 
 }  // namespace meshloom::parallel

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -12,6 +13,7 @@
 #include "meshloom/model/config.h"
 #include "meshloom/model/parameters.h"
 #include "meshloom/parallel/expert_parallel.h"
+#include "meshloom/parallel/replicas.h"
 #include "meshloom/plan/schedule.h"
 
 namespace meshloom::model {
@@ -37,6 +39,10 @@ enum class ReplicaSet : std::uint8_t {
   kTied,        ///< HDP axes of the first and last stage: embeddings that are the head, too
 };
 
+inline constexpr std::array kReplicaSets{ReplicaSet::kDense, ReplicaSet::kReplicated,
+                                         ReplicaSet::kKeyValue, ReplicaSet::kExpert,
+                                         ReplicaSet::kTied};
+
 [[nodiscard]] MESHLOOM_API std::string_view to_string(ReplicaSet set);
 
 /// One model chunk of a rank.
@@ -55,7 +61,7 @@ struct MESHLOOM_API PlacedPart {
   std::int64_t first_layer = 0;  ///< lowest ParameterSpec::layer of its parameters
   std::int64_t last_layer = 0;
   model::ParameterTable table;  ///< as this rank holds them, with offsets of its own
-  std::vector<int> ranks;       ///< world ranks that share it, ascending
+  ReplicaOrder replicas;        ///< the ranks that share it
 };
 
 /// Which rank holds which part of a model: data, a pure function of its inputs, the same on every
@@ -67,6 +73,10 @@ struct MESHLOOM_API ModelPlacement {
   std::vector<int> split;                ///< decoder layers of each piece
   ExpertMap experts = ExpertMap::even(0, 1);
   Zero zero = Zero::kOptimizer;
+  /// Consecutive world ranks of a node, so that sums and gatherings of replicas that fill nodes
+  /// evenly go in two levels; 0: in one. Counts where nodes hold whole expert groups and a stage
+  /// whole nodes.
+  int ranks_per_node = 0;
   /// Parameters of neighbouring layers share a part up to this size, except under
   /// Zero::kParameters, where a part is what is gathered at once: a layer.
   std::int64_t bucket_elements = 8 << 20;
@@ -75,6 +85,8 @@ struct MESHLOOM_API ModelPlacement {
   [[nodiscard]] std::vector<ChunkPlace> chunks(int stage) const;
   /// Parameters of one chunk on a rank, with the handles that its stage asks by.
   [[nodiscard]] model::ParameterTable chunk_table(const ChunkPlace& chunk, int rank) const;
+  /// Who shares parameters of a kind with a rank; nobody where it has none.
+  [[nodiscard]] ReplicaOrder replicas(ReplicaSet set, int rank) const;
   /// What a rank holds, in the order in which backward completes it; tied embeddings last. Every
   /// element of the model is in the parts of exactly one set of ranks. Tied embeddings and, with
   /// Zero::kParameters, parameters that are whole under tensor parallelism keep to
@@ -92,6 +104,13 @@ struct MESHLOOM_API ModelPlacement {
                                                       const std::string& schedule = {},
                                                       std::vector<int> split = {},
                                                       Zero zero = Zero::kOptimizer);
+
+/// Layers of each of `pieces` pieces so that a token costs the slowest of them least: by products
+/// with the parameters that it meets, the head's among them. Attention over the context, which most
+/// layers have alike, is not counted.
+/// @throws InvalidArgument  fewer layers than pieces.
+[[nodiscard]] MESHLOOM_API std::vector<int> split_by_cost(const model::ModelConfig& config,
+                                                          int pieces);
 
 /// The model chunks that a rank runs, by chunk.
 [[nodiscard]] MESHLOOM_API std::vector<std::shared_ptr<model::Stage>> build_stages(

@@ -66,12 +66,15 @@ class MESHLOOM_API ModelState final : public ParameterState {
   /// A layer's gradients are complete: starts the sums that may start.
   void layer_done(Chunk& chunk, std::int64_t layer);
   void finish_flushes(std::size_t keep);
+  /// Moves sums and gatherings on that are under way.
+  void advance();
 
   ModelPlacement placement_;
   comm::Communicator world_;
   at::ScalarType compute_;
   at::Device device_;
   std::vector<Part> parts_;
+  std::vector<Replicas> replicas_;  ///< those that the parts are shared by, each once
   std::vector<std::unique_ptr<Chunk>> chunks_;
   /// Parts that are summed once a step, in their order; how many of them are ready and started.
   std::vector<std::size_t> summed_once_;

@@ -4,21 +4,13 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
-#include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/parameters.h"
 #include "meshloom/parallel/model_placement.h"
+#include "meshloom/parallel/replicas.h"
 
 namespace meshloom::parallel {
-
-/// Half-open range of the flat parameter space, in elements.
-struct FlatRange {
-  std::int64_t begin = 0;
-  std::int64_t end = 0;
-  [[nodiscard]] std::int64_t size() const { return end - begin; }
-};
 
 /// The parameters of a table on one rank of a group of replicas, and what ZeRO shards of them [BS
 /// 5.1; Rajbhandari et al. 2019]: the optimizer's masters always; with Zero::kGradients the summed
@@ -31,15 +23,14 @@ struct FlatRange {
 class MESHLOOM_API ShardedSpace {
  public:
   /// @param compute  dtype of values: fp32, bf16, fp64. Masters and gradients are max(fp32, it).
-  ShardedSpace(model::ParameterTable table, comm::Communicator group, Zero zero,
-               at::ScalarType compute, at::Device device);
+  ShardedSpace(model::ParameterTable table, Replicas replicas, Zero zero, at::ScalarType compute,
+               at::Device device);
 
   [[nodiscard]] const model::ParameterTable& table() const { return table_; }
   [[nodiscard]] Zero zero() const { return zero_; }
 
-  /// Rank r's range; sizes differ by at most one.
-  [[nodiscard]] FlatRange range(int rank) const;
-  [[nodiscard]] FlatRange own_range() const { return range(group_.rank()); }
+  /// What this rank owns of it.
+  [[nodiscard]] FlatRange own_range() const;
 
   /// Master values of the own range, [own_range().size()]. A view of the values where their dtype
   /// is the master's and they are not sharded.
@@ -72,21 +63,20 @@ class MESHLOOM_API ShardedSpace {
   void assign(const at::Tensor& full);
 
  private:
-  [[nodiscard]] bool alone() const { return group_.size() == 1; }
+  [[nodiscard]] bool alone() const { return replicas_.size() == 1; }
   [[nodiscard]] bool shards_values() const { return zero_ == Zero::kParameters; }
 
   model::ParameterTable table_;
-  comm::Communicator group_;
+  Replicas replicas_;
   Zero zero_;
-  std::vector<std::int64_t> rows_;  ///< elements of each rank's range
   at::TensorOptions value_options_;
   at::TensorOptions master_options_;
   at::Tensor values_;
   at::Tensor gradients_;
   at::Tensor master_;
   at::Tensor shard_gradient_;
-  std::optional<comm::Work> reducing_;
-  std::optional<comm::Work> gathering_;
+  std::optional<ReplicaWork> reducing_;
+  std::optional<ReplicaWork> gathering_;
 };
 
 }  // namespace meshloom::parallel

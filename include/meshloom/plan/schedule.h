@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,14 @@ struct Schedule {
 
 /// Decoder layers of each of `pieces` pieces: floor(v L / n) to floor((v + 1) L / n).
 [[nodiscard]] MESHLOOM_API std::vector<int> even_split(int layers, int pieces);
+
+/// Decoder layers of each of `pieces` pieces, at least one each, so that the heaviest piece is as
+/// light as it can be, and the others as level as that allows.
+/// @param layers  work of each layer
+/// @param first   work of the first piece beside its layers (embedding), `last` of the last (head)
+/// @throws InvalidArgument  fewer layers than pieces.
+[[nodiscard]] MESHLOOM_API std::vector<int> level_split(std::span<const double> layers,
+                                                        double first, double last, int pieces);
 
 /// Refuses a table that can't be carried out: pieces without a place, computations missing,
 /// repeated or out of order, stages that wait for each other.

@@ -72,8 +72,12 @@ struct CheckpointSection {
 struct ParallelSection {
   int zero = 1;  ///< what is sharded over replicas: 1 optimizer state, 2 gradients, 3 parameters
   std::string pipeline;            ///< schedule by name; empty: 1f1b, with chunks interleaved_1f1b
-  std::vector<int> split;          ///< layers of each piece of the pipeline; empty: even
+  std::vector<int> split;          ///< layers of each piece of the pipeline; empty: `split_by`
+  std::string split_by = "cost";   ///< cost: the slowest piece as fast as can be; layers: as many
   std::string recompute = "none";  ///< what backward computes again: none, selective, full
+  /// Consecutive ranks that count as one node; 0: those of a host. Plans keep units inside nodes,
+  /// and sums of gradients cross them once for all their ranks.
+  int ranks_per_node = 0;
 };
 
 /// One training run, as config.yaml says it. Unknown keys are refused by name, with the

@@ -86,7 +86,9 @@ void bind_sections(py::module_& module) {
       .def_readwrite("zero", &ParallelSection::zero)
       .def_readwrite("pipeline", &ParallelSection::pipeline)
       .def_readwrite("split", &ParallelSection::split)
-      .def_readwrite("recompute", &ParallelSection::recompute);
+      .def_readwrite("split_by", &ParallelSection::split_by)
+      .def_readwrite("recompute", &ParallelSection::recompute)
+      .def_readwrite("ranks_per_node", &ParallelSection::ranks_per_node);
   using train::CheckpointSection;
   py::class_<CheckpointSection>(module, "CheckpointSection", "When to save, and how to resume.")
       .def(keyword_init<CheckpointSection>("train.CheckpointSection"))

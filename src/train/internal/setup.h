@@ -10,6 +10,7 @@
 #include "meshloom/parallel/model_placement.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/step_plan.h"
+#include "meshloom/train/config.h"
 
 namespace meshloom::train::detail {
 
@@ -32,6 +33,14 @@ struct Hosts {
 
 /// Fills hdp = 0 and checks that the layout fits. @throws InvalidArgument
 [[nodiscard]] Layout resolve_layout(Layout layout, int world_size, const char* where);
+
+/// The placement that a run's configuration asks for. Its nodes are the section's, else the hosts.
+/// @throws InvalidArgument  what does not fit, by name
+[[nodiscard]] parallel::ModelPlacement place(const model::ModelConfig& model, const Layout& layout,
+                                             const ParallelSection& section, const Hosts& hosts);
+
+/// HDP ranks of a node; 0: all are in one, or nodes do not hold whole tensor-parallel groups.
+[[nodiscard]] int hdp_ranks_per_node(const parallel::ModelPlacement& placement);
 
 /// Verifies plan and programs of all ranks together. @throws PlanError
 void verify_step(const plan::StepPlan& plan, const plan::CompileOptions& options);

@@ -134,6 +134,7 @@ class Trainer::Impl {
   detail::Hosts hosts_;
   at::Device device_{at::kCPU};
   parallel::ModelPlacement placement_;
+  plan::CompileOptions compile_;  ///< how plans become programs
   std::optional<parallel::Groups> groups_;
   std::vector<std::shared_ptr<model::Stage>> stages_;  ///< [chunk]
   std::unique_ptr<parallel::ModelState> state_;

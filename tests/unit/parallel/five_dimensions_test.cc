@@ -50,12 +50,14 @@ struct Cell {
   std::vector<int> split{};
   const char* config = kDeepMoe;
   model::Recompute recompute = model::Recompute::kNone;
+  int ranks_per_node = 0;
 };
 
 std::string name_of(const Cell& cell) {
   return cell.layout.to_string() + " zero " + std::to_string(cell.zero) + " " + cell.schedule +
          (cell.config == kDeepMoe ? " moe" : " dense") + " recompute " +
-         std::to_string(static_cast<int>(cell.recompute));
+         std::to_string(static_cast<int>(cell.recompute)) + " nodes of " +
+         std::to_string(cell.ranks_per_node);
 }
 
 /// Units of one, two, three and all ranks, with idle ranks.
@@ -72,7 +74,8 @@ void run_cell(const Cell& cell) {
                   .zero = parse_zero(cell.zero),
                   .schedule = cell.schedule,
                   .split = cell.split,
-                  .recompute = cell.recompute};
+                  .recompute = cell.recompute,
+                  .ranks_per_node = cell.ranks_per_node};
   if (moe) {
     setting.balance = cell.layout.pp % 2 == 0 ? "sequence" : "global";
     setting.z_loss = 0.02;
@@ -197,8 +200,9 @@ void expect_closed_forms(const Cell& cell) {
   const auto config = model::ModelConfig::from_json(cell.config);
   const auto texts = documents(cell.layout.hdp, config.vocab_size);
   const auto plan = plan_of(cell, texts);
-  const auto placement =
+  auto placement =
       place_model(config, cell.layout, cell.schedule, cell.split, parse_zero(cell.zero));
+  placement.ranks_per_node = cell.ranks_per_node;
   const plan::CompileOptions compile{.layers = static_cast<int>(config.layers),
                                      .schedule = cell.schedule,
                                      .split = placement.split};
@@ -212,9 +216,10 @@ void expect_closed_forms(const Cell& cell) {
     const int tp = cell.layout.tp;
     std::int64_t gradients = 0;
     std::int64_t parameters = 0;
+    std::int64_t crossing = 0;  // from one node to another, where sums have two levels
     const auto slots = std::ssize(plan.slots);  // sharded states run in lockstep
     for (const auto& part : rank.state.parts()) {
-      const auto replicas = std::ssize(part.place.ranks);
+      const auto replicas = std::ssize(part.place.replicas.ranks);
       const std::int64_t all = part.space.table().elements;
       const std::int64_t own = part.space.own_range().size();
       const Zero zero = part.space.zero();
@@ -222,7 +227,16 @@ void expect_closed_forms(const Cell& cell) {
       // An embedding is read in forward, and once more where it is the head, too.
       const bool read_once = part.place.last_layer < 0 && cell.layout.pp > 1;
       const auto reads = zero == Zero::kParameters ? (read_once ? slots : 2 * slots) : 1;
-      parameters += own * (replicas - 1) * kBytes * reads;
+      const std::int64_t nodes = part.place.replicas.nodes;
+      const std::int64_t places = replicas / nodes;
+      const std::int64_t place = rank.groups.replicas(part.place.set).position() / nodes;
+      const std::int64_t block =  // what the ranks of this place own together
+          all * (place + 1) / places - all * place / places;
+      parameters += (own * (nodes - 1) + block * (places - 1)) * kBytes * reads;
+      if (nodes > 1) {
+        crossing += (block - own) * kBytes * (zero == Zero::kOptimizer ? 1 : slots);
+        crossing += own * (nodes - 1) * kBytes * reads;
+      }
     }
     std::int64_t tensor = 0;
     std::int64_t pipeline = 0;
@@ -253,15 +267,22 @@ void expect_closed_forms(const Cell& cell) {
     }
     std::int64_t gradients_sent = 0;
     std::int64_t parameters_sent = 0;
+    std::int64_t crossed = 0;
     for (const auto set :
          {ReplicaSet::kDense, ReplicaSet::kReplicated, ReplicaSet::kKeyValue, ReplicaSet::kTied}) {
       if (std::none_of(rank.state.parts().begin(), rank.state.parts().end(),
                        [&](const auto& part) { return part.place.set == set; })) {
         continue;
       }
-      gradients_sent += sent(rank.groups.replicas(set), "gradients");
-      parameters_sent += sent(rank.groups.replicas(set), "parameters");
+      for (const auto& group : rank.groups.replicas(set).groups()) {
+        gradients_sent += sent(group, "gradients");
+        parameters_sent += sent(group, "parameters");
+        if (group.name().ends_with("_across")) {
+          crossed += sent(group, "gradients") + sent(group, "parameters");
+        }
+      }
     }
+    EXPECT_EQ(crossed, crossing);
     EXPECT_EQ(gradients_sent, gradients);
     EXPECT_EQ(parameters_sent, parameters);
     if (tp > 1) {
@@ -280,6 +301,24 @@ TEST(FiveDimensions, BytesAreTheClosedForms) {
         {.layout = {.tp = 2, .hdp = 2, .pp = 2}, .zero = zero, .config = kDeepDense});
   }
   expect_closed_forms({.layout = {.tp = 4}, .config = kDeepDense});
+}
+
+/// Two and four nodes; what fills them evenly goes in two levels.
+TEST(FiveDimensions, SumsInsideAndAcrossNodesEqualOneRank) {
+  for (const int zero : {1, 2, 3}) {
+    for (const Cell& cell : std::vector<Cell>{
+             {.layout = {.hdp = 8}, .ranks_per_node = 4},
+             {.layout = {.hdp = 8}, .ranks_per_node = 2},
+             {.layout = {.hdp = 8, .ep = 2}, .ranks_per_node = 4},
+             {.layout = {.tp = 2, .hdp = 4}, .config = kDeepDense, .ranks_per_node = 4},
+             {.layout = {.hdp = 4, .pp = 2}, .config = kDeepDense, .ranks_per_node = 2},
+             {.layout = {.hdp = 6}, .config = kDeepDense, .ranks_per_node = 3}}) {
+      Cell sharded = cell;
+      sharded.zero = zero;
+      run_cell(sharded);
+      if (cell.config == kDeepDense) expect_closed_forms(sharded);
+    }
+  }
 }
 
 }  // namespace

@@ -127,8 +127,8 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
                             const std::vector<model::Document>& documents, const Expected& expected,
                             comm::Communicator world) {
   const auto config = model::ModelConfig::from_json(setting.config);
-  const auto placement =
-      place_model(config, plan.layout, setting.schedule, setting.split, setting.zero);
+  auto placement = place_model(config, plan.layout, setting.schedule, setting.split, setting.zero);
+  placement.ranks_per_node = setting.ranks_per_node;
   const plan::CompileOptions compile{.layers = static_cast<int>(config.layers),
                                      .schedule = setting.schedule,
                                      .split = placement.split};

@@ -51,6 +51,7 @@ struct Setting {
   std::string schedule{};    ///< of the pipeline, by name
   std::vector<int> split{};  ///< layers of its pieces
   model::Recompute recompute = model::Recompute::kNone;
+  int ranks_per_node = 0;
 };
 
 struct Expected {

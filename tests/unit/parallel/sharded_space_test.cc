@@ -40,7 +40,7 @@ TEST_P(ShardedSpaces, StepUpdatesEveryElementOnEveryRank) {
   const auto [type, zero] = GetParam();
   for (const int ranks : {1, 2, 3, 5}) {
     comm::run_thread_ranks(ranks, [&, type = type, zero = zero](comm::Communicator group) {
-      ShardedSpace space(table_of(11), group, zero, type, at::kCPU);
+      ShardedSpace space(table_of(11), Replicas(group), zero, type, at::kCPU);
       const auto start = at::arange(11, at::TensorOptions().dtype(at::kDouble));
       space.assign(start);
       EXPECT_TRUE(at::equal(space.values(), start.to(type)));
@@ -77,23 +77,10 @@ INSTANTIATE_TEST_SUITE_P(Types, ShardedSpaces,
                                           testing::Values(Zero::kOptimizer, Zero::kGradients,
                                                           Zero::kParameters)));
 
-TEST(ShardedSpace, RangesCoverTheFlatSpaceOnce) {
-  comm::run_thread_ranks(4, [](comm::Communicator group) {
-    const ShardedSpace space(table_of(3), group, Zero::kOptimizer, at::kFloat, at::kCPU);
-    std::int64_t end = 0;
-    for (int rank = 0; rank < 4; ++rank) {
-      EXPECT_EQ(space.range(rank).begin, end);
-      EXPECT_LE(space.range(rank).size(), 1);
-      end = space.range(rank).end;
-    }
-    EXPECT_EQ(end, 3);
-  });
-}
-
 TEST(ShardedSpace, MastersKeepWhatBfloat16Drops) {
   for (const Zero zero : {Zero::kOptimizer, Zero::kParameters}) {
     comm::run_thread_ranks(2, [&](comm::Communicator group) {
-      ShardedSpace space(table_of(4), group, zero, at::kBFloat16, at::kCPU);
+      ShardedSpace space(table_of(4), Replicas(group), zero, at::kBFloat16, at::kCPU);
       space.assign(at::ones({4}, at::TensorOptions().dtype(at::kDouble)));
       // One bf16 spacing above 1 is 2^-7; eight additions of 2^-10 vanish one by one in bf16.
       for (int i = 0; i < 8; ++i) {
@@ -126,7 +113,7 @@ TEST(ShardedSpace, WhatIsShardedIsNotHeld) {
     for (const Zero zero : {Zero::kOptimizer, Zero::kGradients, Zero::kParameters}) {
       const auto memory = std::make_shared<Memory>();
       const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, memory);
-      ShardedSpace space(table_of(kElements), group, zero, at::kFloat, at::kCPU);
+      ShardedSpace space(table_of(kElements), Replicas(group), zero, at::kFloat, at::kCPU);
       // Values, of which the master is a part, and gradients; or a third of either.
       const std::int64_t expected = zero == Zero::kOptimizer   ? 2 * kBytes
                                     : zero == Zero::kGradients ? kBytes

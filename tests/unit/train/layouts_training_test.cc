@@ -51,6 +51,7 @@ std::string text_of(const Spread& run) {
 std::vector<Spread> eight_ranks() {
   return {
       {{.hdp = 8}, {.zero = 2}},
+      {{.hdp = 8, .ep = 2}, {.zero = 2, .ranks_per_node = 4}},
       {{.hdp = 8, .ep = 4}, {.zero = 3}},
       {{.tp = 4, .hdp = 2}, {.zero = 3, .recompute = "full"}},
       {{.tp = 2, .hdp = 2, .pp = 2, .ep = 2}, {.pipeline = "zb_h1", .recompute = "selective"}},
