@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 #include <tuple>
 #include <utility>
 
@@ -64,9 +65,32 @@ at::Tensor TensorParallel::finish(comm::Work work) const {
   return result;
 }
 
+std::pair<at::Tensor, at::Tensor> TensorParallel::gathered_product(const at::Tensor& x,
+                                                                   std::int64_t width,
+                                                                   const RowProduct& multiply) {
+  comm::Work gathering = gather(x);
+  const std::int64_t tokens = std::accumulate(rows_.begin(), rows_.end(), std::int64_t{0});
+  const plan::TokenRange own = own_rows(tokens);
+  const at::Tensor product = at::empty({tokens, width}, x.options());
+  const auto multiply_rows = [&](const at::Tensor& rows, std::int64_t begin, std::int64_t end) {
+    if (begin == end) return;
+    at::Tensor part = product.narrow(0, begin, end - begin);
+    multiply(part, rows);
+  };
+  multiply_rows(x, own.begin, own.end);
+  at::Tensor all = finish(std::move(gathering));
+  multiply_rows(all.narrow(0, 0, own.begin), 0, own.begin);
+  multiply_rows(all.narrow(0, own.end, tokens - own.end), own.end, tokens);
+  return {product, std::move(all)};
+}
+
 at::Tensor TensorParallel::column(const at::Tensor& x, const at::Tensor& weight,
                                   const at::Tensor& bias) {
-  return ops::matmul_nt(finish(gather(x)), weight, bias);
+  return gathered_product(x, weight.size(0),
+                          [&](at::Tensor& part, const at::Tensor& rows) {
+                            ops::matmul_nt_out(part, rows, weight, bias);
+                          })
+      .first;
 }
 
 at::Tensor TensorParallel::column_backward(const at::Tensor& dy, const at::Tensor& weight,
@@ -86,8 +110,9 @@ at::Tensor TensorParallel::row(const at::Tensor& x, const at::Tensor& weight,
 
 model::ShardedLinear::RowGradients TensorParallel::row_backward(const at::Tensor& dy,
                                                                 const at::Tensor& weight) {
-  at::Tensor all = finish(gather(dy));
-  at::Tensor dx = ops::matmul_nn(all, weight);
+  auto [dx, all] = gathered_product(
+      dy, weight.size(1),
+      [&](at::Tensor& part, const at::Tensor& rows) { ops::matmul_nn_out(part, rows, weight); });
   return {std::move(dx), std::move(all)};
 }
 

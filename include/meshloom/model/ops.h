@@ -41,6 +41,10 @@ MESHLOOM_API void set_cpu_level(std::string_view level);
                                                 const at::Tensor& bias = {});
 /// dx = dy w. @param dy [T, out] @param w [out, in].
 [[nodiscard]] MESHLOOM_API at::Tensor matmul_nn(const at::Tensor& dy, const at::Tensor& w);
+/// The same into rows that are there: y [T, out], dx [T, in].
+MESHLOOM_API void matmul_nt_out(at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
+                                const at::Tensor& bias = {});
+MESHLOOM_API void matmul_nn_out(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w);
 /// y += x w^T: an output projection added to the residual stream, or a partial sum.
 MESHLOOM_API void matmul_nt_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& w);
 /// dx += dy w.

@@ -46,6 +46,14 @@ class MESHLOOM_API TensorParallel final : public model::ShardedLinear {
   [[nodiscard]] comm::Work gather(const at::Tensor& rows);
   [[nodiscard]] comm::Work scatter(const at::Tensor& partial);
   [[nodiscard]] at::Tensor finish(comm::Work work) const;
+  using RowProduct = std::function<void(at::Tensor& part, const at::Tensor& rows)>;
+  /// Multiplies the rows of all ranks, the own ones while the others travel.
+  /// @param width     columns of the product
+  /// @param multiply  writes the product of some rows
+  /// @returns product and rows, [tokens, ...]
+  [[nodiscard]] std::pair<at::Tensor, at::Tensor> gathered_product(const at::Tensor& x,
+                                                                   std::int64_t width,
+                                                                   const RowProduct& multiply);
   /// Positions of the tokens of the own part of the vocabulary, and their ids within it.
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> own_tokens(const at::Tensor& tokens) const;
   /// Log-sum-exp over the whole vocabulary and the label's logit, [n] each, from own parts.

@@ -18,8 +18,8 @@ namespace meshloom::model::ops::composite {
   return stat_type(x.scalar_type());
 }
 
-at::Tensor matmul_nt(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias);
-at::Tensor matmul_nn(const at::Tensor& dy, const at::Tensor& w);
+void matmul_nt_out(at::Tensor& y, const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias);
+void matmul_nn_out(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w);
 void matmul_nt_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& w);
 void matmul_nn_add_(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w);
 void matmul_tn_add_(at::Tensor& grad, const at::Tensor& dy, const at::Tensor& x);

@@ -52,11 +52,18 @@ at::ScalarType stat_type(at::ScalarType type) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-at::Tensor matmul_nt(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias) {
-  return bias.defined() ? at::addmm(bias, x, w.t()) : at::mm(x, w.t());
+void matmul_nt_out(at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
+                   const at::Tensor& bias) {
+  if (bias.defined()) {
+    at::addmm_out(y, bias, x, w.t());
+  } else {
+    at::mm_out(y, x, w.t());
+  }
 }
 
-at::Tensor matmul_nn(const at::Tensor& dy, const at::Tensor& w) { return at::mm(dy, w); }
+void matmul_nn_out(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w) {
+  at::mm_out(dx, dy, w);
+}
 
 void matmul_nt_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& w) { y.addmm_(x, w.t()); }
 

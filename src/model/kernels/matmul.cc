@@ -27,28 +27,40 @@ void for_each_group(std::span<const std::int64_t> rows, const Visit& visit) {
 
 }  // namespace
 
-at::Tensor matmul_nt(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias) {
+void matmul_nt_out(at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
+                   const at::Tensor& bias) {
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nt", "w");
   check_product(x, w, 1, "ops.matmul_nt");
+  kernels::check_shape(y, {x.size(0), w.size(0)}, "ops.matmul_nt", "y");
   if (bias.defined()) kernels::check_shape(bias, {w.size(0)}, "ops.matmul_nt", "bias");
-  at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
   if (kernels::product_served(y, x, w) &&
       (!bias.defined() || bias.scalar_type() == x.scalar_type())) {
     kernels::product_(y, x, w.t(), false, bias);
-    return y;
+    return;
   }
-  return composite::matmul_nt(x, w, bias);
+  composite::matmul_nt_out(y, x, w, bias);
+}
+
+at::Tensor matmul_nt(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias) {
+  kernels::check_shape(w, {-1, -1}, "ops.matmul_nt", "w");
+  at::Tensor y = at::empty({x.size(0), w.size(0)}, x.options());
+  matmul_nt_out(y, x, w, bias);
+  return y;
+}
+
+void matmul_nn_out(at::Tensor& dx, const at::Tensor& dy, const at::Tensor& w) {
+  kernels::check_shape(w, {-1, -1}, "ops.matmul_nn", "w");
+  check_product(dy, w, 0, "ops.matmul_nn");
+  kernels::check_shape(dx, {dy.size(0), w.size(1)}, "ops.matmul_nn", "dx");
+  if (kernels::product_served(dx, dy, w)) return kernels::product_(dx, dy, w, false);
+  composite::matmul_nn_out(dx, dy, w);
 }
 
 at::Tensor matmul_nn(const at::Tensor& dy, const at::Tensor& w) {
   kernels::check_shape(w, {-1, -1}, "ops.matmul_nn", "w");
-  check_product(dy, w, 0, "ops.matmul_nn");
   at::Tensor dx = at::empty({dy.size(0), w.size(1)}, dy.options());
-  if (kernels::product_served(dx, dy, w)) {
-    kernels::product_(dx, dy, w, false);
-    return dx;
-  }
-  return composite::matmul_nn(dy, w);
+  matmul_nn_out(dx, dy, w);
+  return dx;
 }
 
 void matmul_nt_add_(at::Tensor& y, const at::Tensor& x, const at::Tensor& w) {
