@@ -26,6 +26,7 @@ else:
 
 # Elements of one all-reduce: few calls, and little memory beside the gradients.
 _BUCKET_ELEMENTS = 1 << 24
+_NO_TARGET = -100
 
 
 class _Attention(torch.autograd.Function):  # type: ignore[misc]
@@ -62,13 +63,22 @@ def attention(
     same order, backward included. Returns [T, Hq, D].
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    idle = unit.share.tokens.numel() == 0
+    if idle:  # the one token stands for none: it sees nothing, and nobody sees it
+        padding = torch.zeros_like(q[:1])
+        q, k, v = q[:0], k[:0], v[:0]
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
-    return _Attention.apply(q, k, v, unit.share, scale, window)  # type: ignore[no-any-return, no-untyped-call]
+    out: torch.Tensor = _Attention.apply(q, k, v, unit.share, scale, window)  # type: ignore[no-untyped-call]
+    return torch.cat([out, padding]) if idle else out
 
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """This rank's share of a unit of the plan."""
+    """This rank's share of a unit of the plan.
+
+    A share may hold no token, where documents are shorter than the unit has ranks. Models can't run on
+    none, so it then holds one that is no target and that no other sees: T is 1, and its gradients are 0.
+    """
 
     slot: int
     ranks: list[int]
@@ -76,20 +86,24 @@ class PlannedUnit:
     share: _core.UnitShare = field(repr=False)
     loss_tokens_of_step: int = field(repr=False)
 
+    @staticmethod
+    def _or_one(values: torch.Tensor, value: int) -> torch.Tensor:
+        return values if values.numel() else values.new_full((1,), value)
+
     @property
     def tokens(self) -> torch.Tensor:
         """Token ids, int64 [T]: document by document, of each this rank's two ranges."""
-        return self.share.tokens
+        return self._or_one(self.share.tokens, 0)
 
     @property
     def positions(self) -> torch.Tensor:
         """Position of each token in its document, int64 [T]."""
-        return self.share.positions
+        return self._or_one(self.share.positions, 0)
 
     @property
     def labels(self) -> torch.Tensor:
         """The next token of the document, -100 where it is no target, int64 [T]."""
-        return self.share.labels
+        return self._or_one(self.share.labels, _NO_TARGET)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -107,7 +121,7 @@ class PlannedUnit:
         logits [T, vocabulary] or [1, T, vocabulary]. Summed over units and ranks it is the loss.
         """
         flat = logits.reshape(-1, logits.shape[-1])
-        total = torch.nn.functional.cross_entropy(flat, self.labels, ignore_index=-100, reduction="sum")
+        total = torch.nn.functional.cross_entropy(flat, self.labels, ignore_index=_NO_TARGET, reduction="sum")
         return total / self.loss_tokens_of_step
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -71,14 +72,17 @@ with oracle.everything_fp64():
 """
 
 
-def check(build: Path, tmp_path: Path, family: str, strategy: str, launch: list[object], threads: int) -> None:
+def check(
+    build: Path, tmp_path: Path, family: str, strategy: str, launch: list[object], threads: int,
+    lengths: Sequence[int] = LENGTHS,
+) -> None:
     model_type, settings = FAMILIES[family]
     settings = BASE | settings
     if model_type == "olmo2":
         settings.pop("head_dim")
     model = oracle.make_model(model_type, **settings)
     model.save_pretrained(tmp_path / "model")
-    documents = oracle.random_documents(LENGTHS, VOCABULARY)
+    documents = oracle.random_documents(lengths, VOCABULARY)
     oracle.write_documents(tmp_path / "documents.jsonl", documents)
     loss, model = oracle.gradients(model, documents)
     out = tmp_path / "out.safetensors"
@@ -100,6 +104,11 @@ def check(build: Path, tmp_path: Path, family: str, strategy: str, launch: list[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_one_process(build_dir: Path, tmp_path: Path, family: str) -> None:
     check(build_dir, tmp_path, family, "balanced", [], 3)
+
+
+def test_shares_without_a_token(build_dir: Path, tmp_path: Path) -> None:
+    """`static` cuts the unit of the two-token document over three ranks."""
+    check(build_dir, tmp_path, "moe", "static", [], 3, [128, 2, 128])
 
 
 def test_processes(build_dir: Path, tmp_path: Path) -> None:
