@@ -57,7 +57,7 @@ LatentAttentionLayer::Queries LatentAttentionLayer::queries(const Pass& pass,
   }
   const HeldWeight weight(context.parameters, queries_.weight);
   result.q = context.linear.column(q_norm_ ? result.normed.y : x, *weight, {})
-                 .view({x.size(0), heads_, sizes_.qk_nope_head_dim + sizes_.qk_rope_head_dim});
+                 .view({-1, heads_, sizes_.qk_nope_head_dim + sizes_.qk_rope_head_dim});
   rotate(pass, result.q.narrow(2, sizes_.qk_nope_head_dim, sizes_.qk_rope_head_dim), false);
   return result;
 }
@@ -65,7 +65,6 @@ LatentAttentionLayer::Queries LatentAttentionLayer::queries(const Pass& pass,
 LatentAttentionLayer::Keys LatentAttentionLayer::keys(const Pass& pass,
                                                       const at::Tensor& latents) const {
   const StageContext& context = pass.context;
-  const std::int64_t tokens = latents.size(0);
   const std::int64_t nope = sizes_.qk_nope_head_dim;
   const std::int64_t rope = sizes_.qk_rope_head_dim;
   Keys result;
@@ -76,11 +75,13 @@ LatentAttentionLayer::Keys LatentAttentionLayer::keys(const Pass& pass,
   }
   const HeldWeight weight(context.parameters, keys_.weight);
   const at::Tensor both = context.linear.column(result.normed.y, *weight, {})
-                              .view({tokens, heads_, nope + sizes_.v_head_dim});
-  result.k = at::empty({tokens, heads_, nope + rope}, both.options());
+                              .view({-1, heads_, nope + sizes_.v_head_dim});
+  const at::Tensor shared = context.linear.all_rows(
+      latents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope).clone());
+  rotate(pass, shared.unsqueeze(1), false);
+  result.k = at::empty({both.size(0), heads_, nope + rope}, both.options());
   result.k.narrow(2, 0, nope).copy_(both.narrow(2, 0, nope));
-  result.k.narrow(2, nope, rope)
-      .copy_(latents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope).unsqueeze(1));
+  result.k.narrow(2, nope, rope).copy_(shared.unsqueeze(1));
   result.v = both.narrow(2, nope, sizes_.v_head_dim);
   return result;
 }
@@ -93,10 +94,6 @@ at::Tensor LatentAttentionLayer::forward(Pass& pass, const at::Tensor& x) const 
     const HeldWeight bias(context.parameters, down_.bias);
     latents = ops::matmul_nt(x, *weight, *bias);
   }
-  rotate(pass,
-         latents.narrow(1, latents.size(1) - sizes_.qk_rope_head_dim, sizes_.qk_rope_head_dim)
-             .unsqueeze(1),
-         false);
   AttentionOutput attention;
   {
     const Queries q = queries(pass, latents, x);
@@ -119,7 +116,7 @@ at::Tensor LatentAttentionLayer::queries_backward(const Pass& pass, const at::Te
   const StageContext& context = pass.context;
   WeightGradSink& sink = *context.gradients;
   // Of the compute type, and not what the exchange may still hold.
-  at::Tensor gradient = at::empty({x.size(0), heads_, dq.size(2)}, x.options());
+  at::Tensor gradient = at::empty(dq.sizes(), x.options());
   gradient.copy_(dq);
   rotate(pass, gradient.narrow(2, sizes_.qk_nope_head_dim, sizes_.qk_rope_head_dim), true);
   gradient = gradient.flatten(1);
@@ -145,14 +142,14 @@ void LatentAttentionLayer::keys_backward(const Pass& pass, const at::Tensor& dk,
                                          const at::Tensor& dlatents) const {
   const StageContext& context = pass.context;
   WeightGradSink& sink = *context.gradients;
-  const std::int64_t tokens = latents.size(0);
   const std::int64_t nope = sizes_.qk_nope_head_dim;
   const std::int64_t rope = sizes_.qk_rope_head_dim;
-  at::Tensor shared = dlatents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope);
-  shared.copy_(dk.narrow(2, nope, rope).sum({1}));
+  const at::Tensor shared = dk.narrow(2, nope, rope).sum({1}).to(latents.scalar_type());
   rotate(pass, shared.unsqueeze(1), true);
+  dlatents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope)
+      .copy_(context.linear.all_rows_backward(shared));
 
-  at::Tensor both = at::empty({tokens, heads_, nope + sizes_.v_head_dim}, latents.options());
+  at::Tensor both = at::empty({dk.size(0), heads_, nope + sizes_.v_head_dim}, latents.options());
   both.narrow(2, 0, nope).copy_(dk.narrow(2, 0, nope));
   both.narrow(2, nope, sizes_.v_head_dim).copy_(dv);
   both = both.flatten(1);

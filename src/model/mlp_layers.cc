@@ -110,7 +110,9 @@ MoeLayer::MoeLayer(const ModelConfig& config, const ParameterTable& table, std::
     correction_ = parameter_handle(table, prefix + "gate.e_score_correction_bias", {experts_});
   }
   if (config.moe.shared_experts > 0) {
-    shared_.emplace(table, prefix + "shared_experts.", hidden, config.moe.shared_experts * inner,
+    // Tensor-parallel ranks hold a part of it.
+    const std::string name = prefix + "shared_experts.";
+    shared_.emplace(table, name, hidden, table.find(name + "gate_proj.weight").shape.front(),
                     /*biased=*/false);
   }
   const std::string first = prefix + "experts.0.";

@@ -135,11 +135,14 @@ class TableBuilder {
     }
     if (q_latent) norm(prefix + "q_a_layernorm", latent.q_lora_rank);
     norm(prefix + "kv_a_layernorm", latent.kv_lora_rank);
+    const std::int64_t key_value = latent.qk_nope_head_dim + latent.v_head_dim;
     weight(prefix + (q_latent ? "q_b_proj" : "q_proj"),
-           {config_.heads * config_.head_dim, q_latent ? latent.q_lora_rank : hidden});
-    weight(prefix + "kv_b_proj",
-           {config_.heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank});
-    weight(prefix + "o_proj", {hidden, config_.heads * latent.v_head_dim});
+           {config_.heads * config_.head_dim, q_latent ? latent.q_lora_rank : hidden},
+           even(0, config_.heads, config_.head_dim));
+    weight(prefix + "kv_b_proj", {config_.heads * key_value, latent.kv_lora_rank},
+           even(0, config_.heads, key_value));
+    weight(prefix + "o_proj", {hidden, config_.heads * latent.v_head_dim},
+           even(1, config_.heads, latent.v_head_dim));
     if (config_.output_bias) bias(prefix + "o_proj", hidden);
   }
 
@@ -223,11 +226,6 @@ void check_shard(const ModelConfig& config, TensorShard shard) {
                  fmt::format("rank {} of {}", shard.rank, shard.ranks));
   const std::vector<int> serving =
       serving_ranks(config, static_cast<int>(std::min<std::int64_t>(config.heads, 1024)));
-  if (shard.ranks > 1 && config.latent.kv_lora_rank > 0) {
-    throw NotSupported(kWhere, fmt::format("{} tensor-parallel ranks: latent attention over more "
-                                           "than one is not built",
-                                           shard.ranks));
-  }
   if (std::find(serving.begin(), serving.end(), shard.ranks) != serving.end()) return;
   throw InvalidArgument(
       kWhere,

@@ -116,6 +116,12 @@ model::ShardedLinear::RowGradients TensorParallel::row_backward(const at::Tensor
   return {std::move(dx), std::move(all)};
 }
 
+at::Tensor TensorParallel::all_rows(const at::Tensor& x) { return finish(gather(x)); }
+
+at::Tensor TensorParallel::all_rows_backward(const at::Tensor& partial) {
+  return finish(scatter(partial.contiguous()));
+}
+
 at::Tensor TensorParallel::embedding(const at::Tensor& tokens, const at::Tensor& weight) {
   at::Tensor partial = at::zeros({tokens.size(0), weight.size(1)}, weight.options());
   const auto [index, ids] = own_tokens(tokens);

@@ -45,6 +45,11 @@ class MESHLOOM_API ShardedLinear {
   /// @param dy  [own rows, out]
   virtual RowGradients row_backward(const at::Tensor& dy, const at::Tensor& weight) = 0;
 
+  /// What all of T tokens need of the own rows. @param x  [own rows, n] @returns [T, n]
+  virtual at::Tensor all_rows(const at::Tensor& x) = 0;
+  /// Its gradient: the sum over ranks. @param partial  [T, n] @returns [own rows, n]
+  virtual at::Tensor all_rows_backward(const at::Tensor& partial) = 0;
+
   /// @param tokens  int64 [T] @param weight  [own vocabulary, hidden] @returns [own rows, hidden]
   virtual at::Tensor embedding(const at::Tensor& tokens, const at::Tensor& weight) = 0;
   /// Hands `add` the tokens of the own vocabulary, counted from its begin, and their rows.
@@ -70,6 +75,8 @@ class MESHLOOM_API LocalLinear final : public ShardedLinear {
                              const WeightGradient& add) override;
   at::Tensor row(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) override;
   RowGradients row_backward(const at::Tensor& dy, const at::Tensor& weight) override;
+  at::Tensor all_rows(const at::Tensor& x) override { return x; }
+  at::Tensor all_rows_backward(const at::Tensor& partial) override { return partial; }
   at::Tensor embedding(const at::Tensor& tokens, const at::Tensor& weight) override;
   void embedding_backward(
       const at::Tensor& tokens, const at::Tensor& dy,

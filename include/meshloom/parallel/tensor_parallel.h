@@ -34,6 +34,8 @@ class MESHLOOM_API TensorParallel final : public model::ShardedLinear {
                              const WeightGradient& add) override;
   at::Tensor row(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) override;
   RowGradients row_backward(const at::Tensor& dy, const at::Tensor& weight) override;
+  at::Tensor all_rows(const at::Tensor& x) override;
+  at::Tensor all_rows_backward(const at::Tensor& partial) override;
   at::Tensor embedding(const at::Tensor& tokens, const at::Tensor& weight) override;
   void embedding_backward(
       const at::Tensor& tokens, const at::Tensor& dy,

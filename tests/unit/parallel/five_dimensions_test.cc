@@ -109,15 +109,18 @@ TEST(FiveDimensions, OneLayerAStageEqualsOneRank) {
 }
 
 TEST(FiveDimensions, LatentAttentionEqualsOneRank) {
-  for (const Cell& cell :
-       std::vector<Cell>{{.layout = {.hdp = 3}},
-                         {.layout = {.hdp = 4, .ep = 2}, .zero = 3},
-                         {.layout = {.hdp = 2}, .zero = 2, .recompute = model::Recompute::kFull},
-                         {.layout = {.hdp = 2, .pp = 2, .ep = 2}, .schedule = "zb_h1"},
-                         {.layout = {.hdp = 2, .pp = 2, .chunks = 2},
-                         .zero = 3,
-                         .schedule = "zb_v",
-                         .recompute = model::Recompute::kSelective}}) {
+  for (const Cell& cell : std::vector<Cell>{
+           {.layout = {.hdp = 3}},
+           {.layout = {.hdp = 4, .ep = 2}, .zero = 3},
+           {.layout = {.hdp = 2}, .zero = 2, .recompute = model::Recompute::kFull},
+           {.layout = {.tp = 2}, .zero = 1},
+           {.layout = {.tp = 4, .hdp = 2}, .zero = 3, .recompute = model::Recompute::kSelective},
+           {.layout = {.tp = 2, .hdp = 2, .pp = 2, .ep = 2}, .schedule = "zb_h1"},
+           {.layout = {.hdp = 2, .pp = 2, .ep = 2}, .schedule = "zb_h1"},
+           {.layout = {.hdp = 2, .pp = 2, .chunks = 2},
+           .zero = 3,
+           .schedule = "zb_v",
+           .recompute = model::Recompute::kSelective}}) {
     Cell latent = cell;
     latent.config = kDeepLatent;
     run_cell(latent);
