@@ -1,3 +1,7 @@
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+
 #include "meshloom/model/activation_store.h"
 #include "meshloom/model/attention_exchange.h"
 #include "meshloom/model/parameters.h"
@@ -11,6 +15,26 @@ namespace meshloom::model {
 
 ActivationStore::~ActivationStore() = default;
 AttentionExchange::~AttentionExchange() = default;
+LatentKeys::~LatentKeys() = default;
+
+AttentionOutput AttentionExchange::forward_latent(const at::Tensor& q, const LatentKeys& keys,
+                                                  const SequenceBatch& batch,
+                                                  const AttentionOptions& options) {
+  const KeysAndValues own = keys.expand(keys.rows());
+  return forward(q, own.k, own.v, batch, options);
+}
+
+LatentGradients AttentionExchange::backward_latent(const at::Tensor& dout, const at::Tensor& q,
+                                                   LatentKeys& keys, const AttentionOutput& forward,
+                                                   const SequenceBatch& batch,
+                                                   const AttentionOptions& options) {
+  AttentionGradients gradients;
+  {
+    const KeysAndValues own = keys.expand(keys.rows());
+    gradients = backward(dout, q, own.k, own.v, forward, batch, options);
+  }
+  return {std::move(gradients.dq), keys.contract(keys.rows(), gradients.dk, gradients.dv)};
+}
 ParameterSource::~ParameterSource() = default;
 RouterBalance::~RouterBalance() = default;
 ShardedLinear::~ShardedLinear() = default;

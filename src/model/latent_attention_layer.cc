@@ -1,7 +1,10 @@
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
+
+#include <utility>
 
 #include "model/internal/layers.h"
 
@@ -62,29 +65,77 @@ LatentAttentionLayer::Queries LatentAttentionLayer::queries(const Pass& pass,
   return result;
 }
 
-LatentAttentionLayer::Keys LatentAttentionLayer::keys(const Pass& pass,
-                                                      const at::Tensor& latents) const {
+LatentAttentionLayer::Latents LatentAttentionLayer::latents_of_keys(
+    const Pass& pass, const at::Tensor& latents) const {
   const StageContext& context = pass.context;
+  const HeldWeight weight(context.parameters, kv_norm_);
+  Latents result;
+  result.normed = ops::rms_norm(latents.narrow(1, sizes_.q_lora_rank, sizes_.kv_lora_rank), *weight,
+                                kLatentEps);
+  const at::Tensor shared =
+      latents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, sizes_.qk_rope_head_dim);
+  result.rows = context.linear.all_rows(at::cat({result.normed.y, shared}, 1));
+  rotate(pass, shared_part(result.rows), false);
+  return result;
+}
+
+at::Tensor LatentAttentionLayer::shared_part(const at::Tensor& rows) const {
+  return rows.narrow(1, sizes_.kv_lora_rank, sizes_.qk_rope_head_dim).unsqueeze(1);
+}
+
+KeysAndValues LatentAttentionLayer::expand(const StageContext& context,
+                                           const at::Tensor& rows) const {
   const std::int64_t nope = sizes_.qk_nope_head_dim;
-  const std::int64_t rope = sizes_.qk_rope_head_dim;
-  Keys result;
-  {
-    const HeldWeight weight(context.parameters, kv_norm_);
-    result.normed = ops::rms_norm(latents.narrow(1, sizes_.q_lora_rank, sizes_.kv_lora_rank),
-                                  *weight, kLatentEps);
-  }
   const HeldWeight weight(context.parameters, keys_.weight);
-  const at::Tensor both = context.linear.column(result.normed.y, *weight, {})
-                              .view({-1, heads_, nope + sizes_.v_head_dim});
-  const at::Tensor shared = context.linear.all_rows(
-      latents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope).clone());
-  rotate(pass, shared.unsqueeze(1), false);
-  result.k = at::empty({both.size(0), heads_, nope + rope}, both.options());
+  const at::Tensor both =
+      ops::matmul_nt(rows.narrow(1, 0, sizes_.kv_lora_rank).contiguous(), *weight)
+          .view({rows.size(0), heads_, nope + sizes_.v_head_dim});
+  KeysAndValues result;
+  result.k = at::empty({rows.size(0), heads_, nope + sizes_.qk_rope_head_dim}, both.options());
   result.k.narrow(2, 0, nope).copy_(both.narrow(2, 0, nope));
-  result.k.narrow(2, nope, rope).copy_(shared.unsqueeze(1));
+  result.k.narrow(2, nope, sizes_.qk_rope_head_dim).copy_(shared_part(rows));
   result.v = both.narrow(2, nope, sizes_.v_head_dim);
   return result;
 }
+
+at::Tensor LatentAttentionLayer::contract(const StageContext& context, const at::Tensor& rows,
+                                          const at::Tensor& dk, const at::Tensor& dv) const {
+  const std::int64_t nope = sizes_.qk_nope_head_dim;
+  at::Tensor both = at::empty({rows.size(0), heads_, nope + sizes_.v_head_dim}, rows.options());
+  both.narrow(2, 0, nope).copy_(dk.narrow(2, 0, nope));
+  both.narrow(2, nope, sizes_.v_head_dim).copy_(dv);
+  both = both.flatten(1);
+  const at::Tensor latents = rows.narrow(1, 0, sizes_.kv_lora_rank).contiguous();
+  at::Tensor drows = at::empty(rows.sizes(), rows.options());
+  {
+    const HeldWeight weight(context.parameters, keys_.weight);
+    drows.narrow(1, 0, sizes_.kv_lora_rank).copy_(ops::matmul_nn(both, *weight));
+  }
+  shared_part(drows).copy_(dk.narrow(2, nope, sizes_.qk_rope_head_dim).sum({1}, true));
+  context.gradients->linear(keys_.weight, both, latents);
+  return drows;
+}
+
+/// What a pass's exchange makes keys and values from.
+class LatentAttentionLayer::Expansion final : public LatentKeys {
+ public:
+  Expansion(const LatentAttentionLayer& layer, const StageContext& context, at::Tensor rows)
+      : layer_(layer), context_(context), rows_(std::move(rows)) {}
+
+  [[nodiscard]] const at::Tensor& rows() const override { return rows_; }
+  [[nodiscard]] KeysAndValues expand(const at::Tensor& rows) const override {
+    return layer_.expand(context_, rows);
+  }
+  [[nodiscard]] at::Tensor contract(const at::Tensor& rows, const at::Tensor& dk,
+                                    const at::Tensor& dv) override {
+    return layer_.contract(context_, rows, dk, dv);
+  }
+
+ private:
+  const LatentAttentionLayer& layer_;
+  const StageContext& context_;
+  at::Tensor rows_;
+};
 
 at::Tensor LatentAttentionLayer::forward(Pass& pass, const at::Tensor& x) const {
   const StageContext& context = pass.context;
@@ -97,8 +148,8 @@ at::Tensor LatentAttentionLayer::forward(Pass& pass, const at::Tensor& x) const 
   AttentionOutput attention;
   {
     const Queries q = queries(pass, latents, x);
-    const Keys kv = keys(pass, latents);
-    attention = context.attention.forward(q.q, kv.k, kv.v, context.batch, options_);
+    const Expansion keys(*this, context, latents_of_keys(pass, latents).rows);
+    attention = context.attention.forward_latent(q.q, keys, context.batch, options_);
     if (!q_norm_) pass.save(Activation::kQkv, q.q);
   }
   pass.save(Activation::kQkv, latents);
@@ -136,36 +187,21 @@ at::Tensor LatentAttentionLayer::queries_backward(const Pass& pass, const at::Te
   return {};
 }
 
-void LatentAttentionLayer::keys_backward(const Pass& pass, const at::Tensor& dk,
-                                         const at::Tensor& dv, const Keys& keys,
-                                         const at::Tensor& latents,
-                                         const at::Tensor& dlatents) const {
+void LatentAttentionLayer::latents_backward(const Pass& pass, const at::Tensor& drows,
+                                            const ops::NormOutput& normed,
+                                            const at::Tensor& latents,
+                                            const at::Tensor& dlatents) const {
   const StageContext& context = pass.context;
-  WeightGradSink& sink = *context.gradients;
-  const std::int64_t nope = sizes_.qk_nope_head_dim;
-  const std::int64_t rope = sizes_.qk_rope_head_dim;
-  const at::Tensor shared = dk.narrow(2, nope, rope).sum({1}).to(latents.scalar_type());
-  rotate(pass, shared.unsqueeze(1), true);
-  dlatents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, rope)
-      .copy_(context.linear.all_rows_backward(shared));
-
-  at::Tensor both = at::empty({dk.size(0), heads_, nope + sizes_.v_head_dim}, latents.options());
-  both.narrow(2, 0, nope).copy_(dk.narrow(2, 0, nope));
-  both.narrow(2, nope, sizes_.v_head_dim).copy_(dv);
-  both = both.flatten(1);
-  at::Tensor dnormed;
-  {
-    const HeldWeight weight(context.parameters, keys_.weight);
-    dnormed = context.linear.column_backward(
-        both, *weight, keys.normed.y,
-        [&](const at::Tensor& all) { sink.linear(keys_.weight, both, all); });
-  }
+  rotate(pass, shared_part(drows), true);
+  const at::Tensor own = context.linear.all_rows_backward(drows);
+  dlatents.narrow(1, sizes_.q_lora_rank + sizes_.kv_lora_rank, sizes_.qk_rope_head_dim)
+      .copy_(own.narrow(1, sizes_.kv_lora_rank, sizes_.qk_rope_head_dim));
   const HeldWeight weight(context.parameters, kv_norm_);
   at::Tensor dlatent = dlatents.narrow(1, sizes_.q_lora_rank, sizes_.kv_lora_rank);
-  sink.add(kv_norm_,
-           ops::rms_norm_backward_(dlatent, dnormed,
-                                   latents.narrow(1, sizes_.q_lora_rank, sizes_.kv_lora_rank),
-                                   *weight, keys.normed.rstd));
+  context.gradients->add(
+      kv_norm_, ops::rms_norm_backward_(dlatent, own.narrow(1, 0, sizes_.kv_lora_rank).contiguous(),
+                                        latents.narrow(1, sizes_.q_lora_rank, sizes_.kv_lora_rank),
+                                        *weight, normed.rstd));
 }
 
 at::Tensor LatentAttentionLayer::backward(Pass& pass, const at::Tensor& dy,
@@ -178,7 +214,7 @@ at::Tensor LatentAttentionLayer::backward(Pass& pass, const at::Tensor& dy,
   const at::Tensor latents = pass.restore(Activation::kQkv);
   const Queries q = q_norm_ ? queries(pass, latents, x)
                             : Queries{.normed = {}, .q = pass.restore(Activation::kQkv)};
-  const Keys kv = keys(pass, latents);
+  Latents of_keys = latents_of_keys(pass, latents);
 
   at::Tensor dout;
   {
@@ -189,12 +225,16 @@ at::Tensor LatentAttentionLayer::backward(Pass& pass, const at::Tensor& dy,
   }
   if (output_.bias) sink.add(output_.bias, ops::column_sum(dy));
 
-  AttentionGradients gradients =
-      context.attention.backward(dout, q.q, kv.k, kv.v, attention, context.batch, options_);
+  LatentGradients gradients;
+  {
+    Expansion keys(*this, context, std::move(of_keys.rows));
+    gradients =
+        context.attention.backward_latent(dout, q.q, keys, attention, context.batch, options_);
+  }
   dout.reset();
   attention = {};
   const at::Tensor dlatents = at::zeros(latents.sizes(), latents.options());
-  keys_backward(pass, gradients.dk, gradients.dv, kv, latents, dlatents);
+  latents_backward(pass, gradients.drows, of_keys.normed, latents, dlatents);
   at::Tensor dx = queries_backward(pass, gradients.dq, q, latents, x, dlatents);
   gradients = {};
   sink.linear(down_.weight, dlatents, x);

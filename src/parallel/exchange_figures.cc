@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "meshloom/model/attention_exchange.h"
+#include "meshloom/model/ops.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -94,6 +95,14 @@ plan::ExchangeModel measure_exchange(comm::Communicator& hdp, const ExchangeMeas
       median_seconds([&] { out = local.forward(q, k, k, batch, attention); }, settle);
   const double backward =
       median_seconds([&] { (void)local.backward(q, q, k, k, out, batch, attention); }, settle);
+  double expand = 0.0;
+  if (shape.latent_dim > 0) {
+    const at::Tensor latents = at::ones({tokens, shape.latent_dim}, options);
+    const at::Tensor weight =
+        at::ones({2 * shape.key_value_heads * shape.head_dim, shape.latent_dim}, options);
+    expand = median_seconds([&] { (void)model::ops::matmul_nt(latents, weight); }, settle) /
+             static_cast<double>(tokens);
+  }
   const at::Tensor copied = at::empty_like(q);
   const double copy = median_seconds([&] { copied.copy_(q); }, settle);
 
@@ -104,10 +113,14 @@ plan::ExchangeModel measure_exchange(comm::Communicator& hdp, const ExchangeMeas
     between = link(hdp, what.ranks_per_node, what.device);
   }
   // The slowest rank's of each; of rates their inverse.
-  std::array<double, 7> figures{
-      forward / pairs,        backward / pairs, copy / static_cast<double>(q.nbytes()),
-      1.0 / inside.bandwidth, inside.latency,   1.0 / between.bandwidth,
-      between.latency};
+  std::array<double, 8> figures{forward / pairs,
+                                backward / pairs,
+                                copy / static_cast<double>(q.nbytes()),
+                                1.0 / inside.bandwidth,
+                                inside.latency,
+                                1.0 / between.bandwidth,
+                                between.latency,
+                                expand};
   at::Tensor slowest = at::empty({std::ssize(figures)}, at::TensorOptions().dtype(at::kDouble));
   std::copy(figures.begin(), figures.end(), slowest.mutable_data_ptr<double>());
   at::Tensor shared = slowest.to(what.device);
@@ -117,6 +130,7 @@ plan::ExchangeModel measure_exchange(comm::Communicator& hdp, const ExchangeMeas
   std::copy_n(slowest.const_data_ptr<double>(), figures.size(), figures.begin());
   result.forward_pair_seconds = figures[0];
   result.backward_pair_seconds = figures[1];
+  result.expand_seconds = figures[7];
   result.copy_bandwidth = 1.0 / figures[2];
   result.inside = {.bandwidth = 1.0 / figures[3], .latency = figures[4]};
   result.between = {.bandwidth = 1.0 / figures[5], .latency = figures[6]};

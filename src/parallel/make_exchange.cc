@@ -18,8 +18,9 @@ namespace {
 /// size: the narrower ones are widened with zeros, which changes no score and no value.
 class EvenHeads final : public model::AttentionExchange {
  public:
-  explicit EvenHeads(std::unique_ptr<AttentionExchange> exchange)
-      : exchange_(std::move(exchange)) {}
+  /// @param latents  whether the exchange moves latents where it is given them
+  EvenHeads(std::unique_ptr<AttentionExchange> exchange, bool latents)
+      : exchange_(std::move(exchange)), latents_(latents) {}
 
   model::AttentionOutput forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  const model::SequenceBatch& batch,
@@ -46,6 +47,22 @@ class EvenHeads final : public model::AttentionExchange {
     return {narrow(wide.dq, q.size(2)), narrow(wide.dk, k.size(2)), narrow(wide.dv, v.size(2))};
   }
 
+  model::AttentionOutput forward_latent(const at::Tensor& q, const model::LatentKeys& keys,
+                                        const model::SequenceBatch& batch,
+                                        const model::AttentionOptions& options) override {
+    return latents_ ? exchange_->forward_latent(q, keys, batch, options)
+                    : AttentionExchange::forward_latent(q, keys, batch, options);
+  }
+
+  model::LatentGradients backward_latent(const at::Tensor& dout, const at::Tensor& q,
+                                         model::LatentKeys& keys,
+                                         const model::AttentionOutput& forward,
+                                         const model::SequenceBatch& batch,
+                                         const model::AttentionOptions& options) override {
+    return latents_ ? exchange_->backward_latent(dout, q, keys, forward, batch, options)
+                    : AttentionExchange::backward_latent(dout, q, keys, forward, batch, options);
+  }
+
  private:
   static at::Tensor widen(const at::Tensor& x, std::int64_t size) {
     return x.size(2) == size ? x : at::constant_pad_nd(x, {0, size - x.size(2)});
@@ -55,6 +72,7 @@ class EvenHeads final : public model::AttentionExchange {
   }
 
   std::unique_ptr<AttentionExchange> exchange_;
+  bool latents_;
 };
 
 std::unique_ptr<model::AttentionExchange> make_one_size(const comm::Communicator& hdp,
@@ -87,7 +105,8 @@ std::unique_ptr<model::AttentionExchange> make(const comm::Communicator& hdp,
                                                ExchangeOptions options) {
   auto exchange = make_one_size(hdp, unit, std::move(spans), std::move(buffers), options);
   if (unit.exchange == plan::Exchange::kLocal) return exchange;
-  return std::make_unique<EvenHeads>(std::move(exchange));
+  return std::make_unique<EvenHeads>(std::move(exchange),
+                                     unit.exchange == plan::Exchange::kAllGather);
 }
 
 }  // namespace

@@ -63,6 +63,7 @@ void ExchangeModel::validate() const {
   };
   check(forward_pair_seconds, "forward_pair_seconds", true);
   check(backward_pair_seconds, "backward_pair_seconds", true);
+  check(expand_seconds, "expand_seconds", true);
   check(inside.bandwidth, "inside.bandwidth", false);
   check(inside.latency, "inside.latency", true);
   check(between.bandwidth, "between.bandwidth", false);

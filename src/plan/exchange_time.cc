@@ -11,6 +11,7 @@ namespace {
 
 /// Members looked at to find the busiest of a step; member 0, which attends to most, is one.
 constexpr int kReaders = 8;
+constexpr double kBackwardExpansions = 3.0;
 
 /// Pairs with key <= query - shift.
 double pairs_behind(std::int64_t query_begin, std::int64_t query_end, std::int64_t key_begin,
@@ -200,9 +201,13 @@ class UnitClock {
 
   [[nodiscard]] Passes gather() const {
     const RingProfile profile = profile_of(lengths_, degree_, model_.shape.window);
-    const auto kv = static_cast<double>(model_.shape.key_value_heads);
-    const double keys = profile.rows_in_all * key_bytes(kv);
-    const double gradients = profile.rows_in_all * gradient_bytes(kv);
+    const double values =
+        profile.rows_in_all * static_cast<double>(model_.shape.row_elements(
+                                  Exchange::kAllGather, model_.shape.key_value_heads));
+    const double keys = values * static_cast<double>(model_.shape.wire_bytes);
+    const double gradients = values * static_cast<double>(model_.shape.statistic_bytes);
+    const double expanded =
+        model_.shape.latent_dim > 0 ? profile.rows_in_all * model_.expand_seconds : 0.0;
     double later = 0.0;
     for (std::size_t s = 1; s < profile.pairs.size(); ++s) later += profile.pairs[s];
     const double own = profile.pairs[0];
@@ -211,11 +216,12 @@ class UnitClock {
     Passes passes;
     passes.forward.add(own * model_.forward_pair_seconds, moved);
     passes.forward.add(later * model_.forward_pair_seconds, 0.0);
-    passes.forward.add(0.0, copy(keys));
+    passes.forward.add(0.0, expanded + copy(keys));
     passes.backward.add(half, moved);
     passes.backward.add(later * model_.backward_pair_seconds, 0.0);
     passes.backward.add(half, ports_.group(gradients, degree_));
-    passes.backward.add(0.0, copy(keys + gradients));
+    // Made again, and two products for their gradients.
+    passes.backward.add(0.0, kBackwardExpansions * expanded + copy(keys + gradients));
     return passes;
   }
 

@@ -28,9 +28,9 @@ std::int64_t member_rows(std::span<const std::int64_t> lengths, int degree, int 
   return rows;
 }
 
-/// Rows that travel between ring neighbours, each with `kv_heads` keys and values.
-ExchangeBytes ring_bytes(std::int64_t rows, std::int64_t kv_heads, const ExchangeShape& shape) {
-  const std::int64_t values = rows * 2 * kv_heads * shape.head_dim;
+/// Rows that travel to who attends to them, and their gradients back.
+ExchangeBytes row_bytes(std::int64_t rows, std::int64_t elements, const ExchangeShape& shape) {
+  const std::int64_t values = rows * elements;
   return {.forward = values * shape.wire_bytes,
           .backward = values * (shape.wire_bytes + shape.statistic_bytes)};
 }
@@ -74,6 +74,8 @@ void ExchangeShape::validate() const {
   MESHLOOM_CHECK(
       heads % key_value_heads == 0, kTrafficWhere,
       fmt::format("key_value_heads is {}, expected a divisor of {} heads", key_value_heads, heads));
+  MESHLOOM_CHECK(latent_dim >= 0, kTrafficWhere,
+                 fmt::format("latent_dim is {}, expected >= 0", latent_dim));
   MESHLOOM_CHECK(window >= 0, kTrafficWhere, fmt::format("window is {}, expected >= 0", window));
 }
 
@@ -112,8 +114,8 @@ ExchangeBytes exchange_bytes(std::span<const std::int64_t> lengths, int degree, 
   for (int part = 0; part < group; ++part) {
     kv_heads += head_share(shape.heads, shape.key_value_heads, group, part).kv();
   }
-  ExchangeBytes bytes =
-      ring_bytes(needed_in_all(lengths, degree / group, shape.window), kv_heads, shape);
+  ExchangeBytes bytes = row_bytes(needed_in_all(lengths, degree / group, shape.window),
+                                  shape.row_elements(exchange, kv_heads), shape);
   if (group > 1) {
     const ExchangeBytes heads = head_bytes(lengths, degree, group, shape);
     bytes.forward += heads.forward;

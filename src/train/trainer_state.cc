@@ -244,6 +244,9 @@ void Trainer::Impl::choose_exchanges() {
                    .key_value_heads =
                        std::gcd(model_.heads / tp, std::max<std::int64_t>(1, model_.kv_heads / tp)),
                    .head_dim = model_.head_dim,
+                   .latent_dim = model_.latent.kv_lora_rank > 0
+                                     ? model_.latent.kv_lora_rank + model_.latent.qk_rope_head_dim
+                                     : 0,
                    .window = window,
                    .element_bytes = element,
                    .wire_bytes = std::min(wire, element),

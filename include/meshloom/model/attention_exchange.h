@@ -25,6 +25,33 @@ struct AttentionGradients {
   at::Tensor dv;  ///< [T, Hkv, Dv]
 };
 
+struct KeysAndValues {
+  at::Tensor k;  ///< [R, H, D]
+  at::Tensor v;  ///< [R, H, Dv]
+};
+
+/// Keys and values that are made from fewer numbers a token, as multi-head latent attention makes
+/// them [DeepSeek-V2, 2405.04434, 2.1]: what an exchange may move in their stead.
+class MESHLOOM_API LatentKeys {
+ public:
+  virtual ~LatentKeys();
+  /// [T, n] of the own tokens.
+  [[nodiscard]] virtual const at::Tensor& rows() const = 0;
+  /// @param rows  [R, n] of any tokens of the unit
+  [[nodiscard]] virtual KeysAndValues expand(const at::Tensor& rows) const = 0;
+  /// Adds the gradients of the weights that `expand` reads to where they belong.
+  /// @param rows  what `expand` was given; may be kept, so it must not be overwritten
+  /// @param dk, dv  gradients of what it returned, any float dtype
+  /// @returns the gradient of `rows`, [R, n]
+  [[nodiscard]] virtual at::Tensor contract(const at::Tensor& rows, const at::Tensor& dk,
+                                            const at::Tensor& dv) = 0;
+};
+
+struct LatentGradients {
+  at::Tensor dq;     ///< [T, Hq, D]
+  at::Tensor drows;  ///< [T, n]
+};
+
 /// Causal attention of a batch whose documents may be spread over the ranks of a unit. The seam
 /// between the model, which knows nothing of ranks, and the engines that move keys and values.
 /// An instance belongs to one unit; every rank of the unit calls it in the same order.
@@ -42,6 +69,16 @@ class MESHLOOM_API AttentionExchange {
                                       const at::Tensor& k, const at::Tensor& v,
                                       const AttentionOutput& forward, const SequenceBatch& batch,
                                       const AttentionOptions& options) = 0;
+
+  /// The same where keys and values are made from latents. By default a rank makes those of its own
+  /// tokens, and they are what moves; an exchange that moves latents overrides both.
+  virtual AttentionOutput forward_latent(const at::Tensor& q, const LatentKeys& keys,
+                                         const SequenceBatch& batch,
+                                         const AttentionOptions& options);
+  virtual LatentGradients backward_latent(const at::Tensor& dout, const at::Tensor& q,
+                                          LatentKeys& keys, const AttentionOutput& forward,
+                                          const SequenceBatch& batch,
+                                          const AttentionOptions& options);
 };
 
 /// The single-rank default: every document is whole, nothing moves.

@@ -16,7 +16,8 @@ namespace meshloom::parallel {
 /// backward it gathers again and sends every gradient home in one call. As many bytes as the ring
 /// in fewer, larger steps, for the memory of all blocks at once: best where K/V heads are few and
 /// groups small. Results are bit for bit the ring's forward, since blocks are merged in the same
-/// order.
+/// order. Keys and values that are made from latents are made by who attends to them: the latents
+/// travel, and a block's keys and values exist while it is worked on.
 ///
 /// One instance a micro-batch; all ranks of the unit make the same calls. A failed exchange leaves
 /// the communicator aborted.
@@ -38,6 +39,14 @@ class MESHLOOM_API GatherExchange final : public model::AttentionExchange {
                                      const model::AttentionOutput& forward,
                                      const model::SequenceBatch& batch,
                                      const model::AttentionOptions& options) override;
+  model::AttentionOutput forward_latent(const at::Tensor& q, const model::LatentKeys& keys,
+                                        const model::SequenceBatch& batch,
+                                        const model::AttentionOptions& options) override;
+  model::LatentGradients backward_latent(const at::Tensor& dout, const at::Tensor& q,
+                                         model::LatentKeys& keys,
+                                         const model::AttentionOutput& forward,
+                                         const model::SequenceBatch& batch,
+                                         const model::AttentionOptions& options) override;
 
  private:
   class Impl;

@@ -30,6 +30,8 @@ struct MESHLOOM_API ExchangeModel {
   /// backward.
   double forward_pair_seconds = 0.0;
   double backward_pair_seconds = 0.0;
+  /// Seconds of making one token's keys and values from latents; 0 without.
+  double expand_seconds = 0.0;
   LinkFigures inside;   ///< between ranks of a node
   LinkFigures between;  ///< between nodes
   /// Bytes per second of packing messages; 0: free.

@@ -13,6 +13,9 @@ struct MESHLOOM_API ExchangeShape {
   std::int64_t heads = 1;
   std::int64_t key_value_heads = 1;  ///< divides `heads`
   std::int64_t head_dim = 1;
+  /// Numbers a token that keys and values of all heads are made from (latent attention), which is
+  /// what all_gather moves then; 0: keys and values themselves.
+  std::int64_t latent_dim = 0;
   std::int64_t window = 0;         ///< tokens a query sees; 0: all before it
   std::int64_t element_bytes = 2;  ///< of queries, keys, values and outputs
   std::int64_t wire_bytes = 2;     ///< of keys and values on their way
@@ -21,6 +24,11 @@ struct MESHLOOM_API ExchangeShape {
 
   /// @throws InvalidArgument  names the field and what it may be.
   void validate() const;
+  /// Numbers of a row of `kv_heads` heads on its way.
+  [[nodiscard]] std::int64_t row_elements(Exchange exchange, std::int64_t kv_heads) const {
+    const bool latents = exchange == Exchange::kAllGather && latent_dim > 0;
+    return latents ? latent_dim : 2 * kv_heads * head_dim;
+  }
   friend bool operator==(const ExchangeShape&, const ExchangeShape&) = default;
 };
 

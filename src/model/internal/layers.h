@@ -94,22 +94,30 @@ class LatentAttentionLayer {
     ops::NormOutput normed;  ///< of the latent; undefined without one
     at::Tensor q;            ///< [T, heads, qk], rotated
   };
-  struct Keys {
-    ops::NormOutput normed;
-    at::Tensor k;  ///< [T, heads, qk]
-    at::Tensor v;  ///< [T, heads, v]
+  /// What keys and values are made from: the normalised latent and the rotated key that all heads
+  /// share.
+  struct Latents {
+    ops::NormOutput normed;  ///< of the stream's rows
+    at::Tensor rows;         ///< [T, kv_lora_rank + rope], of all tokens
   };
+  class Expansion;
   /// @param x  the stream, for queries without a latent.
   Queries queries(const Pass& pass, const at::Tensor& latents, const at::Tensor& x) const;
-  Keys keys(const Pass& pass, const at::Tensor& latents) const;
+  Latents latents_of_keys(const Pass& pass, const at::Tensor& latents) const;
+  /// Of `rows`, the part that is rotated, [R, 1, rope].
+  at::Tensor shared_part(const at::Tensor& rows) const;
+  KeysAndValues expand(const StageContext& context, const at::Tensor& rows) const;
+  at::Tensor contract(const StageContext& context, const at::Tensor& rows, const at::Tensor& dk,
+                      const at::Tensor& dv) const;
   void rotate(const Pass& pass, at::Tensor part, bool back) const;
   /// Gradients of the projections from the latents, and of the latents. @returns dx, undefined
   /// where queries have a latent.
   at::Tensor queries_backward(const Pass& pass, const at::Tensor& dq, const Queries& queries,
                               const at::Tensor& latents, const at::Tensor& x,
                               const at::Tensor& dlatents) const;
-  void keys_backward(const Pass& pass, const at::Tensor& dk, const at::Tensor& dv, const Keys& keys,
-                     const at::Tensor& latents, const at::Tensor& dlatents) const;
+  /// @param drows  [T, kv_lora_rank + rope]; rotated back in place
+  void latents_backward(const Pass& pass, const at::Tensor& drows, const ops::NormOutput& normed,
+                        const at::Tensor& latents, const at::Tensor& dlatents) const;
 
   std::int64_t heads_;
   LatentAttentionConfig sizes_;

@@ -51,6 +51,7 @@ struct Cell {
   const char* config = kDeepMoe;
   model::Recompute recompute = model::Recompute::kNone;
   int ranks_per_node = 0;
+  plan::Exchange exchange = plan::Exchange::kRing;
 };
 
 std::string name_of(const Cell& cell) {
@@ -64,7 +65,13 @@ std::string name_of(const Cell& cell) {
 plan::StepPlan plan_of(const Cell& cell, const std::vector<model::Document>& texts) {
   plan::PlanProblem problem = problem_of(texts, cell.layout);
   if (cell.zero > 1) problem.lockstep = plan::Lockstep::kHdp;
-  return plan::make_plan(problem, "balanced");
+  plan::StepPlan plan = plan::make_plan(problem, "balanced");
+  for (plan::Slot& slot : plan.slots) {
+    for (plan::Unit& unit : slot.units) {
+      if (unit.ranks.size() > 1) unit.exchange = cell.exchange;
+    }
+  }
+  return plan;
 }
 
 void run_cell(const Cell& cell) {
@@ -123,7 +130,10 @@ TEST(FiveDimensions, LatentAttentionEqualsOneRank) {
            .recompute = model::Recompute::kSelective}}) {
     Cell latent = cell;
     latent.config = kDeepLatent;
-    run_cell(latent);
+    for (const auto exchange : {plan::Exchange::kRing, plan::Exchange::kAllGather}) {
+      latent.exchange = exchange;
+      run_cell(latent);
+    }
   }
 }
 
