@@ -68,6 +68,7 @@ meshloom_say "Python tests"
   --junitxml="$results/pytest.xml" ${pattern:+-k "$pattern"} || [ $? -eq 5 ] || failed=1
 
 if [ -n "$full" ]; then
+  unset MESHLOOM_FULL  # the long sweeps ran above
   meshloom_say "building without unity"
   meshloom_configure "$MESHLOOM_BUILD/plain" -DCMAKE_UNITY_BUILD=OFF -DMESHLOOM_BUILD_TESTS=ON
   meshloom_compile "$MESHLOOM_BUILD/plain"
