@@ -539,6 +539,10 @@ class PlanProblem:
         """
     def __init__(self) -> None:
         ...
+    def choose_exchanges(self, rules: str) -> None:
+        """
+        How units of some sizes exchange keys and values: NAME[:DEGREES[:TOKENS]],..., e.g. `ring:2-4,ulysses`.
+        """
     def validate(self) -> None:
         ...
     @property

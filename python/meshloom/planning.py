@@ -43,12 +43,14 @@ def plan(
     memory: MemoryModel | None = None,
     lockstep: str = "none",
     ranks_per_node: int = 0,
+    exchanges: str = "",
     step: int = 0,
 ) -> StepPlan:
     """Decides which of the ranks work together on which samples, in which order.
 
     `lengths` are tokens of each sample (sample i gets id i and every token after its first is a
-    target) or SampleInfo. The plan is a pure function of the arguments, and it has been verified.
+    target) or SampleInfo. `exchanges` are rules NAME[:DEGREES[:TOKENS]],... of how units share keys and
+    values, e.g. "ring:2-4,ulysses"; units without a rule use ring. The plan is a pure function of the arguments, and it has been verified.
     Raises InvalidArgument for a malformed problem and PlanError if the strategy broke a contract.
     """
     if (hdp is None) == (layout is None):
@@ -63,6 +65,7 @@ def plan(
         for index, entry in enumerate(lengths)
     ]
     problem.ranks_per_node = ranks_per_node
+    problem.choose_exchanges(exchanges)
     if cost is not None:
         problem.cost = cost
     if memory is not None:

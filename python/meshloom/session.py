@@ -135,14 +135,16 @@ class PlanSession:
         capacity_tokens: int,
         strategy: planning.Strategy = "balanced",
         cost: CostModel | None = None,
+        exchanges: str = "",
         device: str | torch.device = "cpu",
     ) -> None:
-        """`capacity_tokens`: most tokens of one unit on one rank."""
+        """`capacity_tokens`: most tokens of one unit on one rank; `exchanges`: as in meshloom.plan."""
         self.world = world
         self.capacity_tokens = capacity_tokens
         self.last_plan: StepPlan | None = None
         self._strategy = planning.instance(strategy)
         self._cost = cost
+        self._exchanges = exchanges
         self._device = torch.device(device)
         self._step = 0
 
@@ -160,7 +162,7 @@ class PlanSession:
                 for index, document in loaded.items()
             ],
             layout=Layout(hdp=self.world.size), capacity_tokens=self.capacity_tokens,
-            strategy=self._strategy, cost=self._cost, step=self._step,
+            strategy=self._strategy, cost=self._cost, exchanges=self._exchanges, step=self._step,
         )
         self._check_equal(plan)
         self._step += 1

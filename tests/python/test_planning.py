@@ -181,6 +181,20 @@ def test_simulate_says_what_is_wrong(
     assert says in error and error.count("\n") == 1
 
 
+def test_rules_choose_exchanges(ml: Any, cli: Callable[..., str], tmp_path: Path) -> None:
+    lengths = [40, 9, 30, 7]
+    plan = ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="all_gather:3,ulysses:4-")
+    chosen = {len(unit.ranks): unit.exchange for slot in plan.slots for unit in slot.units}
+    assert chosen[4] == "ulysses" and chosen[3] == "all_gather"
+    with pytest.raises(ml.InvalidArgument, match="braid"):
+        ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="braid")
+    file = tmp_path / "lengths.txt"
+    file.write_text("\n".join(map(str, lengths)) + "\n")
+    text = cli("plan", "--lengths", file, "--hdp", "4", "--capacity", "12", "--exchange", "all_gather", "--json")
+    units = [unit for slot in json.loads(text)["slots"] for unit in slot["units"]]
+    assert {unit["exchange"] for unit in units if len(unit["ranks"]) > 1} == {"all_gather"}
+
+
 def test_planning_again_remembers_nodes(ml: Any, tmp_path: Path) -> None:
     lengths = [40_000] * 3 + [900] * 40
     plan = ml.plan(lengths, hdp=16, capacity_tokens=16_384, ranks_per_node=4)

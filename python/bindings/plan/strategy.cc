@@ -83,6 +83,14 @@ void bind_problem(py::module_& module) {
       .def_readwrite("step", &PlanProblem::step)
       .def_readwrite("layout", &PlanProblem::layout)
       .def_readwrite("capacity_tokens", &PlanProblem::capacity_tokens)
+      .def(
+          "choose_exchanges",
+          [](PlanProblem& self, const std::string& rules) {
+            self.exchange_rules = plan::parse_exchange_rules(rules);
+          },
+          py::arg("rules"),
+          "How units of some sizes exchange keys and values: NAME[:DEGREES[:TOKENS]],..., e.g. "
+          "`ring:2-4,ulysses`.")
       .def_property(
           "lockstep",
           [](const PlanProblem& self) { return std::string(plan::to_string(self.lockstep)); },

@@ -55,6 +55,13 @@ ExpertOption = Annotated[
 NodeOption = Annotated[
     int, typer.Option("--ranks-per-node", help="HDP ranks of a node; 0: all in one node.")
 ]
+ExchangesOption = Annotated[
+    str,
+    typer.Option(
+        "--exchange",
+        help="How units share keys and values: NAME[:DEGREES[:TOKENS]],..., e.g. ring:2-4,ulysses.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -82,6 +89,7 @@ class ProblemOptions:
     layers: LayersOption = 0
     transfer: TransferOption = 0.0
     ranks_per_node: NodeOption = 0
+    exchange: ExchangesOption = ""
     step: StepOption = 0
 
     def problem(self) -> PlanProblem:
@@ -99,6 +107,7 @@ class ProblemOptions:
         problem.memory = _plan.MemoryModel(layers=self.layers, transfer=self.transfer)
         problem.samples = common.read_samples(self.lengths)
         problem.ranks_per_node = self.ranks_per_node
+        problem.choose_exchanges(self.exchange)
         return problem
 
     def _layout(self) -> Layout:
