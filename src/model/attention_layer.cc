@@ -4,6 +4,18 @@
 
 namespace meshloom::model::detail {
 
+at::Tensor output_backward(const StageContext& context, const LinearHandles& output,
+                           const at::Tensor& dy, const at::Tensor& out) {
+  ShardedLinear::RowGradients through;
+  {
+    const HeldWeight weight(context.parameters, output.weight);
+    through = context.linear.row_backward(dy, *weight);
+  }
+  context.gradients->linear(output.weight, through.dy, out.flatten(1));
+  if (output.bias) context.gradients->add(output.bias, ops::column_sum(dy));
+  return through.dx.view(out.sizes());
+}
+
 AttentionLayer::AttentionLayer(const ModelConfig& config, const ParameterTable& table,
                                std::int64_t layer)
     : layout_{config.heads, config.kv_heads, config.head_dim},
@@ -72,14 +84,7 @@ at::Tensor AttentionLayer::backward(Pass& pass, const at::Tensor& dy, const at::
   attention.out = pass.restore(Activation::kAttention);
   const at::Tensor qkv = pass.restore(Activation::kQkv);
 
-  at::Tensor dout;
-  {
-    const HeldWeight weight(context.parameters, output_.weight);
-    ShardedLinear::RowGradients through = context.linear.row_backward(dy, *weight);
-    dout = through.dx.view(attention.out.sizes());
-    sink.linear(output_.weight, through.dy, attention.out.flatten(1));
-  }
-  if (output_.bias) sink.add(output_.bias, ops::column_sum(dy));
+  at::Tensor dout = output_backward(context, output_, dy, attention.out);
 
   AttentionGradients gradients;
   {

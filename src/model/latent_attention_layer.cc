@@ -216,14 +216,7 @@ at::Tensor LatentAttentionLayer::backward(Pass& pass, const at::Tensor& dy,
                             : Queries{.normed = {}, .q = pass.restore(Activation::kQkv)};
   Latents of_keys = latents_of_keys(pass, latents);
 
-  at::Tensor dout;
-  {
-    const HeldWeight weight(context.parameters, output_.weight);
-    ShardedLinear::RowGradients through = context.linear.row_backward(dy, *weight);
-    dout = through.dx.view(attention.out.sizes());
-    sink.linear(output_.weight, through.dy, attention.out.flatten(1));
-  }
-  if (output_.bias) sink.add(output_.bias, ops::column_sum(dy));
+  at::Tensor dout = output_backward(context, output_, dy, attention.out);
 
   LatentGradients gradients;
   {

@@ -80,6 +80,11 @@ class AttentionLayer {
   ParameterHandle k_norm_;
 };
 
+/// The output projection's gradients. @param dy  [own rows, hidden] @param out  of attention
+/// @returns the gradient of `out`
+at::Tensor output_backward(const StageContext& context, const LinearHandles& output,
+                           const at::Tensor& dy, const at::Tensor& out);
+
 /// Multi-head latent attention. Keys and values are made from their latents when they are needed
 /// and never saved, nor are queries that have a latent of their own.
 class LatentAttentionLayer {

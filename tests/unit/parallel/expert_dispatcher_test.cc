@@ -223,7 +223,7 @@ TEST(ExpertParallel, GroupsAreNeighboursAndReplicasHoldTheSame) {
     EXPECT_EQ(groups.experts()->group.size(), 4);
     EXPECT_EQ(groups.experts()->group.rank(), hdp.rank() % 4);
     EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).size(), 2);
-    EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).rank(), hdp.rank() / 4);
+    EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).position(), hdp.rank() / 4);
     EXPECT_EQ(groups.experts()->map.experts(), 5);
     EXPECT_FALSE(Groups(hdp, place_model(config, {.hdp = 8})).experts());
     EXPECT_THROW(Groups(hdp, place_model(config, {.hdp = 4, .ep = 2})), InvalidArgument);
