@@ -1,6 +1,7 @@
 #include "meshloom/parallel/tensor_parallel.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index.h>
 #include <ATen/ops/index_put.h>
@@ -27,6 +28,10 @@ namespace ops = model::ops;
 constexpr comm::CallOptions kTensorCall{.timeout = std::nullopt, .purpose = "tensor"};
 constexpr std::int64_t kChunkBytes = std::int64_t{16} << 20;  // of logits
 constexpr std::int64_t kMinimumRows = 64;
+/// A product whose sums are scattered is made in so many pieces, each with at least so many rows of
+/// every rank: fewer make products slow.
+constexpr std::int64_t kPieces = 2;
+constexpr std::int64_t kLeastPieceRows = 128;
 
 at::ScalarType statistics(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -101,9 +106,36 @@ at::Tensor TensorParallel::column_backward(const at::Tensor& dy, const at::Tenso
   return finish(std::move(scattering));
 }
 
+at::Tensor TensorParallel::scattered_product(const at::Tensor& x, const at::Tensor& weight) {
+  const std::int64_t least = *std::min_element(rows_.begin(), rows_.end());
+  const std::int64_t pieces = least >= kPieces * kLeastPieceRows ? kPieces : 1;
+  std::vector<comm::Work> scattering;
+  for (std::int64_t piece = 0; piece < pieces; ++piece) {
+    std::vector<std::int64_t> sizes;
+    for (const std::int64_t rows : rows_) {
+      sizes.push_back(rows * (piece + 1) / pieces - rows * piece / pieces);
+    }
+    const std::int64_t all = std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
+    const at::Tensor product = at::empty({all, weight.size(0)}, x.options());
+    std::int64_t from = 0;
+    std::int64_t to = 0;
+    for (std::size_t rank = 0; rank < rows_.size(); ++rank) {
+      at::Tensor part = product.narrow(0, to, sizes[rank]);
+      const std::int64_t begin = from + rows_[rank] * piece / pieces;
+      if (sizes[rank] > 0) ops::matmul_nt_out(part, x.narrow(0, begin, sizes[rank]), weight);
+      from += rows_[rank];
+      to += sizes[rank];
+    }
+    scattering.push_back(group_.reduce_scatter(product, sizes, kTensorCall));
+  }
+  std::vector<at::Tensor> sums;
+  for (comm::Work& work : scattering) sums.push_back(finish(std::move(work)));
+  return sums.size() == 1 ? std::move(sums.front()) : at::cat(sums);
+}
+
 at::Tensor TensorParallel::row(const at::Tensor& x, const at::Tensor& weight,
                                const at::Tensor& bias) {
-  at::Tensor y = finish(scatter(ops::matmul_nt(x, weight)));
+  at::Tensor y = scattered_product(x, weight);
   if (bias.defined()) y.add_(bias);
   return y;
 }

@@ -17,7 +17,8 @@ namespace meshloom::parallel {
 
 /// Weights split over a tensor-parallel group, the residual stream by tokens [Shoeybi et al. 2019;
 /// Korthikanti et al. 2022]: rank r of n holds rows [floor(T r / n), floor(T (r + 1) / n)). Rows
-/// are gathered before a `column` product and partial sums scattered after a `row` product; in
+/// are gathered for a `column` product while the own ones are multiplied; partial sums of a `row`
+/// product are scattered, of long batches in two pieces, the first while the second is made; in
 /// backward the gathering of x runs beside dy W, and the scattering of that beside the weight's
 /// gradient. The head's softmax is taken over vocabulary parts: a chunk of logits meets the others'
 /// maxima and sums, never their logits.
@@ -60,6 +61,9 @@ class MESHLOOM_API TensorParallel final : public model::ShardedLinear {
   [[nodiscard]] std::pair<at::Tensor, at::Tensor> own_tokens(const at::Tensor& tokens) const;
   /// Log-sum-exp over the whole vocabulary and the label's logit, [n] each, from own parts.
   void merge(at::Tensor& lse, at::Tensor& target);
+  /// x w^T, of whose sums over ranks each keeps its rows; those of one piece travel while the next
+  /// is multiplied.
+  [[nodiscard]] at::Tensor scattered_product(const at::Tensor& x, const at::Tensor& weight);
 
   comm::Communicator group_;
   std::vector<std::int64_t> rows_;  ///< of each rank

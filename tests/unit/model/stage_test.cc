@@ -166,11 +166,6 @@ TEST(Stage, TokensOutsideTheVocabularyAreRefusedByName) {
   }
 }
 
-TEST(Stage, LatentAttentionIsRefusedOverTensorParallelRanks) {
-  const TinyModel model(kTinyLatent);
-  EXPECT_THROW((void)build_stage(model.config, {0, 2}, true, true, {0, 2}), NotSupported);
-}
-
 TEST(Stage, MisuseIsRefused) {
   const TinyModel model(kTinyMoe);
   EXPECT_THROW((void)build_stage(model.config, {1, 0}, true, true), InvalidArgument);
