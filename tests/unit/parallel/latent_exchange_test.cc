@@ -1,5 +1,6 @@
 // Exchanges of keys and values that are made from latents, against one process.
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>

@@ -1,5 +1,6 @@
 #include "meshloom/parallel/replicas.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>

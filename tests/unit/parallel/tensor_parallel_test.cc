@@ -1,5 +1,6 @@
 #include "meshloom/parallel/tensor_parallel.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
