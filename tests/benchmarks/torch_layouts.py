@@ -73,7 +73,9 @@ class Replicas:
         loss = summed_loss(logits, self.labels) * self.scale
         loss.backward()
         self.optimizer.step()
-        return float(loss.detach()) / RANKS
+        total = loss.detach() / RANKS
+        dist.all_reduce(total)
+        return float(total)
 
 
 class Tensors:
