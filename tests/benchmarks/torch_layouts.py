@@ -84,7 +84,7 @@ class Tensors:
     def __init__(self, folder: Path, compiled: bool, ids: torch.Tensor,
                  labels: torch.Tensor) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
         from torch.distributed.tensor.parallel import (
             ColwiseParallel,
             RowwiseParallel,
@@ -105,19 +105,24 @@ class Tensors:
         if compiled:
             for layer in self.model.model.layers:
                 layer.compile()
-        self.optimizer = adamw(self.model.parameters())
+        # One fused call takes tensors of one kind; norms are whole on both ranks.
+        split = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        whole = [p for p in self.model.parameters() if not isinstance(p, DTensor)]
+        self.optimizers = adamw(split), adamw(whole)
         self.ids, self.labels = ids, labels
         self.scale = 1.0 / float((labels != -100).sum())
 
     def step(self) -> float:
         from torch.distributed.tensor.parallel import loss_parallel
 
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         with loss_parallel():
             logits = self.model(input_ids=self.ids, use_cache=False).logits
             loss = summed_loss(logits, self.labels) * self.scale
             loss.backward()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return float(loss.full_tensor() if hasattr(loss, "full_tensor") else loss)
 
 
