@@ -54,10 +54,9 @@ class Products final : public model::LatentKeys {
   }
   [[nodiscard]] at::Tensor contract(const at::Tensor& rows, const at::Tensor& dk,
                                     const at::Tensor& dv) override {
-    dkeys_.addmm_(rows.t(), dk.reshape({rows.size(0), -1}));
-    dvalues_.addmm_(rows.t(), dv.reshape({rows.size(0), -1}));
-    return dk.reshape({rows.size(0), -1}).mm(keys_.t()) +
-           dv.reshape({rows.size(0), -1}).mm(values_.t());
+    dkeys_.addmm_(rows.t(), dk.flatten(1));
+    dvalues_.addmm_(rows.t(), dv.flatten(1));
+    return dk.flatten(1).mm(keys_.t()) + dv.flatten(1).mm(values_.t());
   }
   [[nodiscard]] at::Tensor weight_gradients() const {
     return at::cat({dkeys_.flatten(), dvalues_.flatten()});

@@ -60,7 +60,7 @@ TEST(LevelSplit, TheHeadTakesRoomFromTheLastPiece) {
   const std::vector<double> layers(8, 1.0);
   EXPECT_EQ(level_split(layers, 0.0, 2.0, 2), (std::vector<int>{5, 3}));
   // A head heavier than all else leaves its piece one layer, and the others are level.
-  EXPECT_EQ(level_split(layers, 0.0, 9.0, 3), (std::vector<int>{4, 3, 1}));
+  EXPECT_EQ(level_split(layers, 0.0, 9.0, 3), (std::vector<int>{3, 4, 1}));
 }
 
 TEST(LevelSplit, IsAsGoodAsTheBestOfAllCuts) {
