@@ -182,10 +182,10 @@ def test_simulate_says_what_is_wrong(
 
 
 def test_rules_choose_exchanges(ml: Any, cli: Callable[..., str], tmp_path: Path) -> None:
-    lengths = [40, 9, 30, 7]
-    plan = ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="all_gather:3,ulysses:4-")
+    lengths = [40, 20, 20, 9, 9]
+    plan = ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="all_gather:2-3,ulysses:4-")
     chosen = {len(unit.ranks): unit.exchange for slot in plan.slots for unit in slot.units}
-    assert chosen[4] == "ulysses" and chosen[3] == "all_gather"
+    assert chosen[4] == "ulysses" and chosen[2] == "all_gather"
     with pytest.raises(ml.InvalidArgument, match="braid"):
         ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="braid")
     file = tmp_path / "lengths.txt"
