@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'ExpertsSection', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -594,10 +594,29 @@ class DataSection:
     @weights.setter
     def weights(self, arg0: collections.abc.Sequence[typing.SupportsFloat]) -> None:
         ...
+class ExpertsSection:
+    """
+    Which rank of an expert-parallel group holds which expert, while training.
+    """
+    def __init__(self, **kwargs) -> None:
+        ...
+    @property
+    def least_gain(self) -> float:
+        ...
+    @least_gain.setter
+    def least_gain(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def replan_every(self) -> int:
+        ...
+    @replan_every.setter
+    def replan_every(self, arg0: typing.SupportsInt) -> None:
+        ...
 class ParallelSection:
     """
     How the model is spread over the layout's ranks.
     """
+    experts: ExpertsSection
     pipeline: str
     recompute: str
     split_by: str

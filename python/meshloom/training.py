@@ -20,6 +20,7 @@ ParallelSection = _core.ParallelSection
 export_checkpoint = _core.export_checkpoint
 Communicator = _core.Communicator
 DataSection = _core.DataSection
+ExpertsSection = _core.ExpertsSection
 GradientsOptions = _core.GradientsOptions
 GradientsResult = _core.GradientsResult
 GroupOptions = _core.GroupOptions

@@ -44,8 +44,8 @@ WeightGradSink::~WeightGradSink() = default;
 
 Arrival<DispatchedTokens> TokenDispatcher::begin_dispatch(const at::Tensor& x,
                                                           const at::Tensor& experts,
-                                                          std::int64_t expert_count) {
-  return [result = dispatch(x, experts, expert_count)] { return result; };
+                                                          ExpertLayer of) {
+  return [result = dispatch(x, experts, of)] { return result; };
 }
 
 Arrival<CombineGradients> TokenDispatcher::begin_combine_backward(const at::Tensor& dout,

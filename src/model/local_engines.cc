@@ -67,8 +67,8 @@ AttentionGradients LocalAttention::backward(const at::Tensor& dout, const at::Te
 }
 
 DispatchedTokens LocalDispatcher::dispatch(const at::Tensor& x, const at::Tensor& experts,
-                                           std::int64_t expert_count) {
-  ops::ExpertOrder order = ops::sort_by_expert(experts, expert_count);
+                                           ExpertLayer of) {
+  ops::ExpertOrder order = ops::sort_by_expert(experts, of.experts);
   at::Tensor rows = ops::gather_rows(x, order.source, experts.size(1));
   return {std::move(rows), std::move(order.rows), std::move(order.source)};
 }

@@ -145,7 +145,7 @@ at::Tensor MoeLayer::forward(Pass& pass, const at::Tensor& x) const {
   at::Tensor shared;
   DispatchedTokens tokens;
   {
-    const auto arrive = context.dispatcher.begin_dispatch(x, routed.experts, experts_);
+    const auto arrive = context.dispatcher.begin_dispatch(x, routed.experts, {layer_, experts_});
     if (shared_) shared = shared_->forward(pass, x);
     tokens = arrive();
   }

@@ -254,8 +254,8 @@ class Executor::Impl {
     const auto device = step.state.device();
     SpanSink sink = sink_for(step, instruction);
     if (groups_.experts()) {
-      slot.dispatcher = std::make_unique<ExpertDispatcher>(groups_.experts()->group,
-                                                           groups_.experts()->map, sink);
+      slot.dispatcher =
+          std::make_unique<ExpertDispatcher>(*groups_.experts(), step.state.experts(), sink);
     } else {
       slot.dispatcher = std::make_unique<model::LocalDispatcher>();
     }

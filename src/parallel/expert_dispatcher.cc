@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -46,30 +47,16 @@ at::Tensor transposed_blocks(const std::vector<std::int64_t>& rows, std::size_t 
 
 }  // namespace
 
-ExpertDispatcher::ExpertDispatcher(comm::Communicator group, const ExpertMap& map, SpanSink spans)
+ExpertDispatcher::ExpertDispatcher(comm::Communicator group, const std::vector<ExpertMap>& maps,
+                                   SpanSink spans)
     : group_(std::move(group)),
-      map_(map),
+      maps_(maps),
       members_(static_cast<std::size_t>(group_.size())),
-      local_experts_(0),
-      spans_(std::move(spans)) {
-  MESHLOOM_CHECK_EQ(map_.ranks(), group_.size(), "parallel.expert_dispatcher",
-                    "members of the expert map");
-  local_experts_ = map_.experts_of(group_.rank()).size();
-  std::vector<std::int64_t> position(static_cast<std::size_t>(map_.experts()));
-  std::int64_t next = 0;
-  bool neighbours = true;
-  for (int member = 0; member < map_.ranks(); ++member) {
-    for (const std::int64_t expert : map_.experts_of(member)) {
-      neighbours = neighbours && expert == next;
-      position[static_cast<std::size_t>(expert)] = next++;
-    }
-  }
-  if (!neighbours) position_ = host_tensor(position);
-}
+      spans_(std::move(spans)) {}
 
-std::vector<std::int64_t> ExpertDispatcher::Route::receive_rows(std::size_t members) const {
-  std::vector<std::int64_t> result(members, 0);
-  const std::size_t experts = received.size() / members;
+std::vector<std::int64_t> ExpertDispatcher::Route::receive_rows() const {
+  std::vector<std::int64_t> result(send_rows.size(), 0);
+  const std::size_t experts = local_experts();
   for (std::size_t i = 0; i < received.size(); ++i) result[i / experts] += received[i];
   return result;
 }
@@ -80,9 +67,10 @@ at::Tensor ExpertDispatcher::pack(const Route& route) const {
   return at::cat({route.source, host_tensor(sizes).to(route.source.device())});
 }
 
-ExpertDispatcher::Route ExpertDispatcher::unpack(const at::Tensor& notes,
+ExpertDispatcher::Route ExpertDispatcher::unpack(const model::DispatchedTokens& routing,
                                                  std::int64_t pairs) const {
-  const auto sizes = static_cast<std::int64_t>(members_ * (1 + local_experts_));
+  const at::Tensor& notes = routing.source;
+  const auto sizes = static_cast<std::int64_t>(members_ * (1 + routing.expert_rows.size()));
   MESHLOOM_CHECK_EQ(notes.numel(), pairs + sizes, "parallel.expert_dispatcher",
                     "elements of the routing's notes");
   const at::Tensor tail = notes.narrow(0, pairs, sizes).cpu();
@@ -99,14 +87,15 @@ at::Tensor ExpertDispatcher::finish(comm::Work work) const {
   return result;
 }
 
-/// @param rows  of each expert, in the order of positions @returns [members, local experts]
+/// @param rows  of the expert at each place @returns [members, local experts]
 std::vector<std::int64_t> ExpertDispatcher::exchange_sizes(const std::vector<std::int64_t>& rows,
+                                                           const ExpertMap& map,
                                                            const at::Tensor& like) {
   std::vector<std::int64_t> send;
-  for (int member = 0; member < map_.ranks(); ++member) {
-    send.push_back(static_cast<std::int64_t>(map_.experts_of(member).size()));
+  for (int member = 0; member < map.ranks(); ++member) {
+    send.push_back(std::ssize(map.experts_of(member)));
   }
-  const std::vector<std::int64_t> receive(members_, static_cast<std::int64_t>(local_experts_));
+  const std::vector<std::int64_t> receive(members_, send[static_cast<std::size_t>(group_.rank())]);
   at::Tensor own = host_tensor(rows);
   if (group_.backend() == "nccl") own = own.to(like.device());
   const at::Tensor all = finish(group_.all_to_all(own, send, receive, kSizesCall)).cpu();
@@ -115,55 +104,57 @@ std::vector<std::int64_t> ExpertDispatcher::exchange_sizes(const std::vector<std
 }
 
 at::Tensor ExpertDispatcher::by_expert(const at::Tensor& rows, const Route& route) const {
-  if (local_experts_ <= 1) return rows;
-  const at::Tensor order = transposed_blocks(route.received, members_, local_experts_);
+  if (route.local_experts() <= 1) return rows;
+  const at::Tensor order = transposed_blocks(route.received, members_, route.local_experts());
   return rows.dim() == 2 ? model::ops::gather_rows(rows, order.to(rows.device()), 1)
                          : rows.index_select(0, order.to(rows.device()));
 }
 
 at::Tensor ExpertDispatcher::by_member(const at::Tensor& rows, const Route& route) const {
-  if (local_experts_ <= 1) return rows.contiguous();
+  const std::size_t experts = route.local_experts();
+  if (experts <= 1) return rows.contiguous();
   std::vector<std::int64_t> blocks;  // [local experts, members]
-  for (std::size_t e = 0; e < local_experts_; ++e) {
-    for (std::size_t m = 0; m < members_; ++m) {
-      blocks.push_back(route.received[m * local_experts_ + e]);
-    }
+  for (std::size_t e = 0; e < experts; ++e) {
+    for (std::size_t m = 0; m < members_; ++m) blocks.push_back(route.received[m * experts + e]);
   }
-  const at::Tensor order = transposed_blocks(blocks, local_experts_, members_);
+  const at::Tensor order = transposed_blocks(blocks, experts, members_);
   return rows.dim() == 2 ? model::ops::gather_rows(rows, order.to(rows.device()), 1)
                          : rows.index_select(0, order.to(rows.device()));
 }
 
 model::DispatchedTokens ExpertDispatcher::dispatch(const at::Tensor& x, const at::Tensor& experts,
-                                                   std::int64_t expert_count) {
-  return begin_dispatch(x, experts, expert_count)();
+                                                   model::ExpertLayer of) {
+  return begin_dispatch(x, experts, of)();
 }
 
-model::Arrival<model::DispatchedTokens> ExpertDispatcher::begin_dispatch(
-    const at::Tensor& x, const at::Tensor& experts, std::int64_t expert_count) {
-  MESHLOOM_CHECK_EQ(expert_count, map_.experts(), "parallel.expert_dispatcher", "experts");
-  const at::Tensor positions =
-      position_.defined()
-          ? position_.to(experts.device()).index_select(0, experts.reshape({-1})).view_as(experts)
-          : experts;
-  model::ops::ExpertOrder order = model::ops::sort_by_expert(positions, expert_count);
+model::Arrival<model::DispatchedTokens> ExpertDispatcher::begin_dispatch(const at::Tensor& x,
+                                                                         const at::Tensor& experts,
+                                                                         model::ExpertLayer of) {
+  const ExpertMap& map = maps_.at(static_cast<std::size_t>(of.layer));
+  MESHLOOM_CHECK_EQ(of.experts, map.experts(), "parallel.expert_dispatcher", "experts");
+  MESHLOOM_CHECK_EQ(map.ranks(), group_.size(), "parallel.expert_dispatcher",
+                    "members of the expert map");
+  const at::Tensor places = host_tensor(map.places())
+                                .to(experts.device())
+                                .index_select(0, experts.reshape({-1}))
+                                .view_as(experts);
+  model::ops::ExpertOrder order = model::ops::sort_by_expert(places, of.experts);
   Route route{.source = std::move(order.source),
               .send_rows = {},
-              .received = exchange_sizes(order.rows, x)};
+              .received = exchange_sizes(order.rows, map, x)};
   auto next = order.rows.begin();
-  for (int member = 0; member < map_.ranks(); ++member) {
-    const auto end = next + static_cast<std::ptrdiff_t>(map_.experts_of(member).size());
+  for (int member = 0; member < map.ranks(); ++member) {
+    const auto end = next + std::ssize(map.experts_of(member));
     route.send_rows.push_back(std::accumulate(next, end, std::int64_t{0}));
     next = end;
   }
   const at::Tensor sent = model::ops::gather_rows(x, route.source, experts.size(1));
-  comm::Work work =
-      group_.all_to_all(sent, route.send_rows, route.receive_rows(members_), kDispatchCall);
+  comm::Work work = group_.all_to_all(sent, route.send_rows, route.receive_rows(), kDispatchCall);
   return [this, work = std::move(work), route = std::move(route)] {
     const at::Tensor rows = finish(work);
-    std::vector<std::int64_t> expert_rows(local_experts_, 0);
+    std::vector<std::int64_t> expert_rows(route.local_experts(), 0);
     for (std::size_t i = 0; i < route.received.size(); ++i) {
-      expert_rows[i % local_experts_] += route.received[i];
+      expert_rows[i % expert_rows.size()] += route.received[i];
     }
     return model::DispatchedTokens{.rows = by_expert(rows, route),
                                    .expert_rows = std::move(expert_rows),
@@ -180,9 +171,9 @@ at::Tensor ExpertDispatcher::rows_again(const at::Tensor& /*x*/,
 
 at::Tensor ExpertDispatcher::combine(const at::Tensor& y, const model::DispatchedTokens& routing,
                                      const at::Tensor& weights) {
-  const Route route = unpack(routing.source, weights.numel());
-  const at::Tensor back = finish(group_.all_to_all(
-      by_member(y, route), route.receive_rows(members_), route.send_rows, kDispatchCall));
+  const Route route = unpack(routing, weights.numel());
+  const at::Tensor back = finish(
+      group_.all_to_all(by_member(y, route), route.receive_rows(), route.send_rows, kDispatchCall));
   return model::ops::combine_rows(back, route.source, weights);
 }
 
@@ -194,8 +185,8 @@ model::CombineGradients ExpertDispatcher::combine_backward(const at::Tensor& dou
 
 model::Arrival<model::CombineGradients> ExpertDispatcher::begin_combine_backward(
     const at::Tensor& dout, const model::DispatchedTokens& routing, const at::Tensor& weights) {
-  Route route = unpack(routing.source, weights.numel());
-  const std::vector<std::int64_t> receive = route.receive_rows(members_);
+  Route route = unpack(routing, weights.numel());
+  const std::vector<std::int64_t> receive = route.receive_rows();
   const at::Tensor rows = model::ops::gather_rows(dout, route.source, weights.size(1));
   const at::Tensor scales = weights.reshape({-1}).index_select(0, route.source);
   comm::Work rows_work = group_.all_to_all(rows, route.send_rows, receive, kDispatchCall);
@@ -212,8 +203,8 @@ model::DispatchGradients ExpertDispatcher::dispatch_backward(const at::Tensor& d
                                                              const model::DispatchedTokens& routing,
                                                              std::int64_t tokens,
                                                              std::int64_t experts_per_token) {
-  const Route route = unpack(routing.source, tokens * experts_per_token);
-  const std::vector<std::int64_t> send = route.receive_rows(members_);
+  const Route route = unpack(routing, tokens * experts_per_token);
+  const std::vector<std::int64_t> send = route.receive_rows();
   const at::Tensor rows = by_member(drows, route);
   const at::Tensor scales = by_member(dweights, route);
   comm::Work rows_work = group_.all_to_all(rows, send, route.send_rows, kDispatchCall);

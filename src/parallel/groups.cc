@@ -37,8 +37,7 @@ Groups::Groups(comm::Communicator world, const ModelPlacement& placement)
     pipeline_ = part_of(world_, layout_.hdp * layout_.tp == 1, at_.hdp * layout_.tp + at_.tp, "pp");
   }
   if (layout_.ep > 1) {
-    experts_ = ExpertParallel{.group = *hdp_.split(at_.hdp / layout_.ep, at_.hdp, "ep"),
-                              .map = placement.experts};
+    experts_ = hdp_.split(at_.hdp / layout_.ep, at_.hdp, "ep");
   }
   for (const ReplicaSet set : kReplicaSets) {
     replicas_[static_cast<std::size_t>(set)] = make_replicas(set, placement);

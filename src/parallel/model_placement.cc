@@ -37,6 +37,29 @@ std::vector<int> world_ranks(const Layout& layout, std::vector<int> stages, int 
   return result;
 }
 
+/// A table that has expert e of every layer where its e-th place is, with the expert of that place
+/// there instead. All experts are alike, so offsets stay.
+model::ParameterTable by_place(const model::ParameterTable& table,
+                               const std::vector<ExpertMap>& experts) {
+  using Key = std::pair<std::int64_t, std::int64_t>;  // layer, expert
+  std::map<Key, std::vector<const model::ParameterSpec*>> tensors;
+  for (const model::ParameterSpec& spec : table.parameters) {
+    if (spec.expert >= 0) tensors[{spec.layer, spec.expert}].push_back(&spec);
+  }
+  std::map<Key, std::size_t> taken;
+  model::ParameterTable result;
+  for (const model::ParameterSpec& spec : table.parameters) {
+    const model::ParameterSpec* held = &spec;
+    if (spec.expert >= 0) {
+      const Key key{spec.layer, experts[static_cast<std::size_t>(spec.layer)]
+                                    .by_place()[static_cast<std::size_t>(spec.expert)]};
+      held = tensors.at(key)[taken[key]++];
+    }
+    result.append(*held);
+  }
+  return result;
+}
+
 }  // namespace
 
 Zero parse_zero(int level) {
@@ -64,8 +87,10 @@ std::vector<ChunkPlace> ModelPlacement::chunks(int stage) const {
 }
 
 model::ParameterTable ModelPlacement::chunk_table(const ChunkPlace& chunk, int rank) const {
-  return model::parameter_table(config, chunk.layers, chunk.with_embedding, chunk.with_head,
-                                {.rank = layout.coordinates(rank).tp, .ranks = layout.tp});
+  return by_place(
+      model::parameter_table(config, chunk.layers, chunk.with_embedding, chunk.with_head,
+                             {.rank = layout.coordinates(rank).tp, .ranks = layout.tp}),
+      experts);
 }
 
 ReplicaOrder ModelPlacement::replicas(ReplicaSet set, int rank) const {
@@ -132,7 +157,10 @@ std::vector<PlacedPart> ModelPlacement::parts(int rank) const {
     // Backward meets the last layer first.
     std::vector<const model::ParameterSpec*> specs;
     for (const model::ParameterSpec& spec : table.parameters) {
-      if (spec.expert < 0 || experts.owner(spec.expert) == member) specs.push_back(&spec);
+      if (spec.expert < 0 ||
+          experts[static_cast<std::size_t>(spec.layer)].owner(spec.expert) == member) {
+        specs.push_back(&spec);
+      }
     }
     std::stable_sort(specs.begin(), specs.end(),
                      [](const auto* a, const auto* b) { return a->layer > b->layer; });
@@ -181,7 +209,8 @@ ModelPlacement place_model(const model::ModelConfig& config, const Layout& layou
   result.layout = layout;
   result.pieces = plan::make_schedule(schedule, layout, 0).placement;
   result.zero = zero;
-  result.experts = ExpertMap::even(config.moe.experts, layout.ep);
+  result.experts.assign(static_cast<std::size_t>(config.layers),
+                        ExpertMap::even(config.moe.experts, layout.ep));
   const auto pieces = static_cast<std::int64_t>(result.pieces.size());
   static_cast<void>(model::shard_config(config, {.rank = 0, .ranks = layout.tp}));
   if (split.empty()) {

@@ -12,6 +12,7 @@
 
 #include "meshloom/core/check.h"
 #include "meshloom/model/tensor_block.h"
+#include "parallel/internal/expert_moves.h"
 
 namespace meshloom::parallel {
 namespace {
@@ -254,12 +255,66 @@ ModelState::ModelState(ModelPlacement placement, Groups& groups, at::ScalarType 
     const auto has = [&](const Part& part) { return part.place.set == set; };
     if (std::any_of(parts_.begin(), parts_.end(), has)) replicas_.push_back(groups.replicas(set));
   }
-  for (const ChunkPlace& chunk : placement_.chunks(groups.at().pp)) {
+  make_chunks();
+}
+
+ModelState::~ModelState() = default;
+
+void ModelState::make_chunks() {
+  chunks_.clear();
+  const int stage = placement_.layout.coordinates(world_.rank()).pp;
+  for (const ChunkPlace& chunk : placement_.chunks(stage)) {
     chunks_.push_back(std::make_unique<Chunk>(*this, placement_.chunk_table(chunk, world_.rank())));
   }
 }
 
-ModelState::~ModelState() = default;
+void ModelState::check_experts(const std::vector<ExpertMap>& next) const {
+  MESHLOOM_CHECK_EQ(next.size(), placement_.experts.size(), "parallel.model_state.experts",
+                    "layers that experts are placed for");
+  for (std::size_t layer = 0; layer < next.size(); ++layer) {
+    MESHLOOM_CHECK(next[layer].same_numbers(placement_.experts[layer]),
+                   "parallel.model_state.experts",
+                   fmt::format("layer {}: members are to hold other numbers of experts than they "
+                               "do, or there are other members",
+                               layer));
+  }
+}
+
+void ModelState::place_experts(const std::vector<ExpertMap>& next) {
+  check_experts(next);
+  placement_.experts = next;
+  std::vector<PlacedPart> placed = placement_.parts(world_.rank());
+  for (std::size_t p = 0; p < parts_.size(); ++p) {
+    parts_[p].space.rename(placed[p].table);
+    parts_[p].place = std::move(placed[p]);
+  }
+  make_chunks();
+}
+
+void ModelState::move_experts(const std::vector<ExpertMap>& next,
+                              const std::vector<std::vector<at::Tensor>>& beside) {
+  check_experts(next);
+  MESHLOOM_CHECK_EQ(beside.size(), parts_.size(), "parallel.model_state.experts",
+                    "parts that something is kept for");
+  const detail::ExpertMoves moves(placement_, placement_.layout.coordinates(world_.rank()).pp,
+                                  next);
+  for (const std::int64_t layer : moves.layers()) {
+    const auto holds = [&](const Part& part) {
+      return part.place.set == ReplicaSet::kExpert && part.place.first_layer <= layer &&
+             layer <= part.place.last_layer;
+    };
+    const auto found = std::find_if(parts_.begin(), parts_.end(), holds);
+    if (found == parts_.end()) continue;  // a member without experts
+    const std::vector<detail::ExpertRun> shards = moves.runs(layer, false);
+    for (const ShardedSpace::Kept& kept : found->space.kept()) {
+      detail::move_runs(world_, kept.whole ? moves.runs(layer, true) : shards, kept.tensor);
+    }
+    for (const at::Tensor& tensor : beside[static_cast<std::size_t>(found - parts_.begin())]) {
+      detail::move_runs(world_, shards, tensor);
+    }
+  }
+  place_experts(next);
+}
 
 model::ParameterSource& ModelState::source(int chunk) {
   return *chunks_.at(static_cast<std::size_t>(chunk));

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "meshloom/core/check.h"
@@ -103,6 +104,23 @@ void ShardedSpace::finish_gather() {
   if (shards_values() || alone()) return;
   values_.copy_(gathering_->result());
   gathering_.reset();
+}
+
+std::vector<ShardedSpace::Kept> ShardedSpace::kept() const {
+  std::vector<Kept> result;
+  if (!shards_values()) result.push_back({.tensor = values_, .whole = true});
+  if (shards_values() || !master_.is_alias_of(values_)) result.push_back({.tensor = master_});
+  return result;
+}
+
+void ShardedSpace::rename(model::ParameterTable table) {
+  const auto same = [](const model::ParameterSpec& a, const model::ParameterSpec& b) {
+    return a.offset == b.offset && a.shape == b.shape;
+  };
+  MESHLOOM_CHECK(std::equal(table.parameters.begin(), table.parameters.end(),
+                            table_.parameters.begin(), table_.parameters.end(), same),
+                 "parallel.sharded_space.rename", "the parameters have other shapes");
+  table_ = std::move(table);
 }
 
 void ShardedSpace::assign(const at::Tensor& full) {

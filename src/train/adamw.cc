@@ -68,10 +68,16 @@ AdamW::AdamW(const model::ParameterTable& table, parallel::FlatRange range, at::
 
 AdamW::AdamW(const model::ParameterTable& table, const std::vector<ParameterSetting>& settings,
              parallel::FlatRange range, at::Tensor master, const AdamWOptions& options)
-    : options_(options), master_(std::move(master)) {
+    : options_(options), range_(range), master_(std::move(master)) {
   MESHLOOM_CHECK_EQ(master_.numel(), range.size(), "train.AdamW", "elements of master");
   exp_avg_ = at::zeros_like(master_);
   exp_avg_sq_ = at::zeros_like(master_);
+  settle(table, settings);
+}
+
+void AdamW::settle(const model::ParameterTable& table,
+                   const std::vector<ParameterSetting>& settings) {
+  groups_.clear();
   std::unordered_map<std::string_view, const ParameterSetting*> by_name;
   for (const ParameterSetting& setting : settings) by_name.emplace(setting.name, &setting);
   for (const model::ParameterSpec& spec : table.parameters) {
@@ -79,8 +85,8 @@ AdamW::AdamW(const model::ParameterTable& table, const std::vector<ParameterSett
     MESHLOOM_CHECK(found != by_name.end(), "train.AdamW",
                    fmt::format("\"{}\" has no setting", spec.name));
     const ParameterSetting& setting = *found->second;
-    const Segment segment{std::max(spec.offset, range.begin) - range.begin,
-                          std::min(spec.offset + spec.elements(), range.end) - range.begin};
+    const Segment segment{std::max(spec.offset, range_.begin) - range_.begin,
+                          std::min(spec.offset + spec.elements(), range_.end) - range_.begin};
     if (setting.frozen || spec.counts_choices || segment.end <= segment.begin) continue;
     auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& candidate) {
       return candidate.lr_factor == setting.lr_factor &&

@@ -60,6 +60,9 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   }
   check.one_of("parallel.split_by", c.parallel.split_by, {"cost", "layers"});
   check.one_of("parallel.recompute", c.parallel.recompute, {"none", "selective", "full"});
+  check.at_least("parallel.experts.replan_every",
+                 static_cast<double>(c.parallel.experts.replan_every), 0);
+  check.fraction("parallel.experts.least_gain", c.parallel.experts.least_gain);
   if (!std::regex_match(c.device, std::regex("cpu|cuda(:[0-9]+)?"))) {
     check.add("device", fmt::format("got \"{}\", expected cpu, cuda or cuda:N", c.device));
   }

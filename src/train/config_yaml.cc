@@ -74,6 +74,11 @@ void fields(auto& visit, Is<ParameterRule> auto& rule) {
   visit("frozen", rule.frozen);
 }
 
+void fields(auto& visit, Is<ExpertsSection> auto& experts) {
+  visit("replan_every", experts.replan_every);
+  visit("least_gain", experts.least_gain);
+}
+
 void fields(auto& visit, Is<ParallelSection> auto& parallel) {
   visit("zero", parallel.zero);
   visit("pipeline", parallel.pipeline);
@@ -81,6 +86,7 @@ void fields(auto& visit, Is<ParallelSection> auto& parallel) {
   visit("split_by", parallel.split_by);
   visit("recompute", parallel.recompute);
   visit("ranks_per_node", parallel.ranks_per_node);
+  visit("experts", parallel.experts);
 }
 
 void fields(auto& visit, Is<CheckpointSection> auto& checkpoint) {

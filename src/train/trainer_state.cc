@@ -67,6 +67,11 @@ at::Tensor parse_tensor(const std::string& text, at::Device device) {
   return result.to(device);
 }
 
+std::string info_text(const CheckpointInfo& info, const char* name) {
+  const auto found = info.texts.find(name);
+  return found == info.texts.end() ? std::string() : found->second;
+}
+
 /// @throws InvalidArgument  names the first key in which the checkpoint's model is another.
 void check_same_model(const std::string& saved, const std::string& own) {
   if (saved == own) return;
@@ -147,6 +152,7 @@ void Trainer::Impl::resolve() {
   }
   at::set_num_threads(config_.threads);
   device_ = detail::parse_device(config_.device, hosts_.local_rank);
+  watch_experts();
 }
 
 void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
@@ -272,6 +278,12 @@ std::vector<CheckpointPart> Trainer::Impl::shard_states() const {
   return result;
 }
 
+std::string Trainer::Impl::experts_text() const {
+  if (config_.layout.ep == 1) return {};
+  return detail::experts_text(state_->experts(),
+                              expert_loads_ ? expert_loads_->counts() : detail::ExpertCounts{});
+}
+
 CheckpointInfo Trainer::Impl::checkpoint_info() const {
   CheckpointInfo info;
   info.step = next_step_;
@@ -280,7 +292,8 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
                 {"model", model_.to_json()},
                 {"loader", loader_state_},
                 {"balance", balance_ ? tensor_text(balance_->state()) : std::string()},
-                {"cost", cost_fit_.to_json()}};
+                {"cost", cost_fit_.to_json()},
+                {"experts", experts_text()}};
   info.numbers = {{"seed", static_cast<double>(config_.seed)},
                   {"updates", static_cast<double>(optimizers_.front().updates())},
                   {"tokens_seen", tokens_seen_},
@@ -307,21 +320,16 @@ void Trainer::Impl::restore(const CheckpointInfo& info) {
     }
     return found->second;
   };
-  const auto text = [&](const char* name) {
-    const auto found = info.texts.find(name);
-    return found == info.texts.end() ? std::string() : found->second;
-  };
-  check_same_model(text("model"), model_.to_json());
   for (AdamW& optimizer : optimizers_) {
     optimizer.set_updates(static_cast<std::int64_t>(number("updates")));
   }
   tokens_seen_ = number("tokens_seen");
   skipped_steps_ = static_cast<std::int64_t>(number("skipped_steps"));
-  if (!config_.cost) cost_fit_ = CostRefiner::from_json(text("cost"));
-  if (balance_ && !text("balance").empty()) {
-    balance_->load_state(parse_tensor(text("balance"), device_));
+  if (!config_.cost) cost_fit_ = CostRefiner::from_json(info_text(info, "cost"));
+  if (balance_ && !info_text(info, "balance").empty()) {
+    balance_->load_state(parse_tensor(info_text(info, "balance"), device_));
   }
-  loader_state_ = text("loader");
+  loader_state_ = info_text(info, "loader");
   if (world_.rank() == 0) loader_->restore(loader_state_);
   next_step_ = info.step;
   saved_step_ = info.step;
@@ -331,6 +339,12 @@ bool Trainer::Impl::try_resume(const std::string& folder, Failure& failure) {
   failure.reset();
   try {
     const CheckpointReader reader(folder);
+    check_same_model(info_text(reader.info(), "model"), model_.to_json());
+    detail::SavedExperts experts =
+        detail::parse_experts(info_text(reader.info(), "experts"), placement_.experts);
+    state_->place_experts(experts.maps);
+    settle_optimizers();
+    if (expert_loads_) expert_loads_->restore(std::move(experts.loads));
     for (const CheckpointPart& part : shard_states()) {
       for (const ShardState& state : part.states) {
         at::Tensor values = state.values;

@@ -281,36 +281,6 @@ void Trainer::Impl::fit_cost(const std::vector<double>& busy, const std::vector<
   }
 }
 
-void Trainer::Impl::load_metrics(const at::Tensor& counts, StepMetrics& metrics) const {
-  const double* count = counts.const_data_ptr<double>();
-  double worst = 0.0;
-  double sum = 0.0;
-  int layers = 0;
-  double busiest_rank = 0.0;
-  for (std::size_t layer = 0; layer < model_.moe_layers.size(); ++layer) {
-    if (!model_.moe_layers[layer]) continue;
-    const double* own = count + layer * static_cast<std::size_t>(model_.moe.experts);
-    const double total = std::accumulate(own, own + model_.moe.experts, 0.0);
-    if (total <= 0.0) continue;
-    const double experts = static_cast<double>(model_.moe.experts);
-    const double imbalance = *std::max_element(own, own + model_.moe.experts) * experts / total;
-    worst = std::max(worst, imbalance);
-    sum += imbalance;
-    ++layers;
-    if (config_.layout.ep == 1) continue;
-    std::vector<double> loads(static_cast<std::size_t>(config_.layout.ep), 0.0);
-    for (std::int64_t e = 0; e < model_.moe.experts; ++e) {
-      loads[static_cast<std::size_t>(placement_.experts.owner(e))] += own[e];
-    }
-    busiest_rank = std::max(busiest_rank, *std::max_element(loads.begin(), loads.end()) *
-                                              static_cast<double>(loads.size()) / total);
-  }
-  if (layers == 0) return;
-  metrics.extra["expert_imbalance"] = sum / layers;
-  metrics.extra["expert_imbalance_worst"] = worst;
-  if (config_.layout.ep > 1) metrics.extra["expert_rank_imbalance_worst"] = busiest_rank;
-}
-
 void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                                    StepMetrics& metrics) {
   using Kind = parallel::Span::Kind;
@@ -386,7 +356,9 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
                        : 0.0;
   metrics.aux_loss = sum[2];
   metrics.exchange_bytes = static_cast<std::int64_t>(sum[4]);
-  if (routed > 0 && !metrics.skipped) load_metrics(sums.narrow(0, counted, routed), metrics);
+  if (routed > 0 && !metrics.skipped) {
+    load_metrics({sum + counted, sum + counted + routed}, metrics);
+  }
   metrics.measured_efficiency = peak[0] > 0.0 ? sum[3] / world_.size() / peak[0] : 0.0;
   metrics.seconds = peak[3];
   metrics.tokens_per_second =
@@ -439,6 +411,7 @@ StepMetrics Trainer::Impl::step() {
   }
   place("metrics");
   reduce_metrics(outcome, begin, metrics);
+  replan_experts(metrics);
   for (std::string& notice : explainer_->explain(last_plan_, outcome.spans, metrics)) {
     notices_.push_back(std::move(notice));
   }

@@ -1,9 +1,12 @@
 // Quality and speed of plans on mixes made from published figures: `plan_benchmark [SECTION...]`,
-// sections quality, costs, small, time, pipeline, simulator, ablation; --draws N (40). With --check
-// goals that are missed are named and the exit code is 1.
+// sections quality, costs, small, time, pipeline, simulator, ablation, experts; --draws N (40).
+// With --check goals that are missed are named and the exit code is 1.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdarg>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,7 +18,10 @@
 
 #include "benchmarks/plan_ablation.h"
 #include "benchmarks/plan_lengths.h"
+#include "meshloom/core/random.h"
 #include "meshloom/plan/exact.h"
+#include "meshloom/plan/expert_placement.h"
+#include "meshloom/plan/expert_replan.h"
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/plan/verifier.h"
@@ -317,12 +323,90 @@ void simulator() {
   }
 }
 
+/// Factors exp(sigma z) on the loads of experts.
+void spread_loads(std::vector<double>& loads, double sigma, std::uint64_t key) {
+  for (std::size_t e = 0; e < loads.size(); ++e) {
+    loads[e] = std::round(loads[e] * std::exp(sigma * random_normal(key, e)));
+  }
+}
+
+int experts_moved(const plan::HeldExperts& before, const std::vector<int>& after) {
+  const auto each = static_cast<std::size_t>(before.held.front());
+  std::vector<std::size_t> member(after.size());
+  for (std::size_t p = 0; p < after.size(); ++p) {
+    member[static_cast<std::size_t>(before.expert[p])] = p / each;
+  }
+  int moved = 0;
+  for (std::size_t p = 0; p < after.size(); ++p) {
+    moved += member[static_cast<std::size_t>(after[p])] != p / each ? 1 : 0;
+  }
+  return moved;
+}
+
+/// Re-plans of one layer from the even placement, and again after every load changed a little.
+void experts() {
+  std::printf(
+      "\n### Busiest rank over the mean, and experts moved\n\n| experts | ranks | even | EPLB | "
+      "re-planned | moved, EPLB | moved | after a drift, kept | re-planned | moved, EPLB | moved | "
+      "ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+  struct Mixture {
+    int experts;
+    int ranks;
+    int groups;
+    int nodes;
+  };
+  for (const Mixture& c : {Mixture{64, 8, 1, 1}, Mixture{128, 16, 1, 1}, Mixture{256, 32, 1, 1},
+                           Mixture{256, 64, 1, 1}, Mixture{256, 32, 8, 4}}) {
+    std::vector<double> sums(10, 0.0);
+    for (int draw = 0; draw < draws; ++draw) {
+      const auto key = static_cast<std::uint64_t>(draw);
+      std::vector<double> loads(static_cast<std::size_t>(c.experts), 4096.0);
+      spread_loads(loads, 0.7, random_key("loads", key));
+      plan::HeldExperts now{
+          .expert = {},
+          .held = std::vector<int>(static_cast<std::size_t>(c.ranks), c.experts / c.ranks)};
+      for (int e = 0; e < c.experts; ++e) now.expert.push_back(e);
+      const auto packed = [&] {
+        return plan::place_experts(
+                   loads,
+                   {.replicas = c.experts, .groups = c.groups, .nodes = c.nodes, .ranks = c.ranks})
+            .expert;
+      };
+      std::size_t column = 0;
+      const auto add = [&](double value) { sums[column++] += value / draws; };
+      std::vector<int> eplb = packed();
+      std::vector<int> next;
+      const double seconds =
+          timed([&] { next = plan::replan_experts(loads, now, c.groups, c.nodes); });
+      add(plan::member_imbalance(loads, now));
+      add(plan::member_imbalance(loads, {eplb, now.held}));
+      add(plan::member_imbalance(loads, {next, now.held}));
+      add(experts_moved(now, eplb));
+      add(experts_moved(now, next));
+      const plan::HeldExperts before{eplb, now.held};
+      now.expert = next;
+      spread_loads(loads, 0.1, random_key("drift", key));
+      add(plan::member_imbalance(loads, now));
+      next = plan::replan_experts(loads, now, c.groups, c.nodes);
+      add(plan::member_imbalance(loads, {next, now.held}));
+      add(experts_moved(before, packed()));
+      add(experts_moved(now, next));
+      add(1e3 * seconds);
+    }
+    std::printf(
+        "| %d%s | %d | %.2f | %.3f | %.3f | %.0f | %.0f | %.3f | %.3f | %.0f | %.0f | %.1f |\n",
+        c.experts, c.groups > 1 ? " in 8 groups, 4 nodes" : "", c.ranks, sums[0], sums[1], sums[2],
+        sums[3], sums[4], sums[5], sums[6], sums[7], sums[8], sums[9]);
+  }
+}
+
 }  // namespace
 
 int run(int count, char** arguments) {
   const std::vector<std::pair<std::string, std::function<void()>>> sections{
-      {"quality", quality},   {"costs", costs},         {"small", small},      {"time", time},
-      {"pipeline", pipeline}, {"simulator", simulator}, {"ablation", ablation}};
+      {"quality", quality},   {"costs", costs},       {"small", small},
+      {"time", time},         {"pipeline", pipeline}, {"simulator", simulator},
+      {"ablation", ablation}, {"experts", experts}};
   std::vector<std::string> asked;
   bool check = false;
   for (int i = 1; i < count; ++i) {

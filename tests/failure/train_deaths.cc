@@ -92,9 +92,15 @@ int run(comm::Communicator world, const Death& death, double limit, const std::s
     dead = true;
     die(death);
   };
-  // Documents that no rank holds alone: every step exchanges.
+  if (spread.layout.ep > 1) config.parallel.experts = {.replan_every = 1, .least_gain = 0.0};
+  // Documents that no rank holds alone, so that every step exchanges, and of few tokens each, so
+  // that loads change and every step moves experts.
   std::vector<data::Document> documents(40);
-  for (auto& document : documents) document.tokens.assign(128, 3);
+  for (std::size_t d = 0; d < documents.size(); ++d) {
+    for (std::size_t t = 0; t < 128; ++t) {
+      documents[d].tokens.push_back(static_cast<std::int32_t>((17 * d + t % 3) % 64));
+    }
+  }
   std::atomic<bool> ended{false};
   std::thread watcher;
   int code = 0;

@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 EXPERTS = Spread("hdp=4,ep=2", 1, ("load", "forward", "exchange", "backward", "dispatch", "reduce",
-                                   "step", "checkpoint"))
+                                   "step", "experts", "checkpoint"))
 OTHERS = (
     Spread("tp=2,hdp=2", 1, ("load", "forward", "tensor", "exchange", "backward", "gradients",
                              "reduce", "step", "checkpoint")),
@@ -75,7 +75,8 @@ def cases() -> list[Case]:
 
 SAMPLE = (
     Case("kill", "exchange", 2, 2), Case("stop", "forward", 1, 3), Case("kill", "checkpoint", 0, 2),
-    Case("stop", "dispatch", 3, 1), Case("kill", "tensor", 1, 2, OTHERS[0]),
+    Case("stop", "dispatch", 3, 1), Case("kill", "experts", 1, 2),
+    Case("kill", "tensor", 1, 2, OTHERS[0]),
     Case("stop", "pipeline", 3, 1, OTHERS[1]), Case("kill", "parameters", 2, 1, OTHERS[2]),
 )
 

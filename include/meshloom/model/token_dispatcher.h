@@ -19,6 +19,12 @@ struct DispatchedTokens {
   at::Tensor source;
 };
 
+/// Which layer's experts tokens go to.
+struct ExpertLayer {
+  std::int64_t layer = 0;    ///< decoder layer
+  std::int64_t experts = 0;  ///< that it has
+};
+
 /// What combine leaves for the experts' backward.
 struct CombineGradients {
   at::Tensor rows;     ///< [R, hidden]: dout of each row's token, not yet weighted
@@ -46,11 +52,11 @@ class MESHLOOM_API TokenDispatcher {
   /// @param x        [T, hidden]
   /// @param experts  int64 [T, k], chosen experts of each token
   virtual DispatchedTokens dispatch(const at::Tensor& x, const at::Tensor& experts,
-                                    std::int64_t expert_count) = 0;
+                                    ExpertLayer of) = 0;
   /// Starts `dispatch` and returns while rows travel. The arguments stay as they are until the
   /// arrival. By default the result is there at once.
   virtual Arrival<DispatchedTokens> begin_dispatch(const at::Tensor& x, const at::Tensor& experts,
-                                                   std::int64_t expert_count);
+                                                   ExpertLayer of);
   /// Whether backward wants DispatchedTokens::rows saved (they came over the network). If not, it
   /// asks `rows_again`.
   [[nodiscard]] virtual bool keeps_rows() const = 0;
@@ -77,7 +83,7 @@ class MESHLOOM_API TokenDispatcher {
 class MESHLOOM_API LocalDispatcher final : public TokenDispatcher {
  public:
   DispatchedTokens dispatch(const at::Tensor& x, const at::Tensor& experts,
-                            std::int64_t expert_count) override;
+                            ExpertLayer of) override;
   [[nodiscard]] bool keeps_rows() const override { return false; }
   at::Tensor rows_again(const at::Tensor& x, const DispatchedTokens& routing,
                         std::int64_t experts_per_token) override;

@@ -6,7 +6,6 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/mesh/layout.h"
-#include "meshloom/parallel/expert_parallel.h"
 #include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/replicas.h"
 
@@ -29,7 +28,8 @@ class MESHLOOM_API Groups {
   [[nodiscard]] comm::Communicator& tensor() { return tensor_.value(); }
   /// Ranks that pass activations on, by stage; where pp > 1.
   [[nodiscard]] comm::Communicator& pipeline() { return pipeline_.value(); }
-  [[nodiscard]] const std::optional<ExpertParallel>& experts() const { return experts_; }
+  /// The `ep` neighbours of the HDP axis that share out the experts; where ep > 1.
+  [[nodiscard]] const std::optional<comm::Communicator>& experts() const { return experts_; }
   /// Who shares parameters of that kind with this rank. @throws InvalidArgument  nobody does.
   [[nodiscard]] const Replicas& replicas(ReplicaSet set) const;
 
@@ -43,7 +43,7 @@ class MESHLOOM_API Groups {
   comm::Communicator hdp_;
   std::optional<comm::Communicator> tensor_;
   std::optional<comm::Communicator> pipeline_;
-  std::optional<ExpertParallel> experts_;
+  std::optional<comm::Communicator> experts_;
   std::array<std::optional<Replicas>, kReplicaSets.size()> replicas_;
 };
 

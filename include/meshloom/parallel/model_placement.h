@@ -71,7 +71,7 @@ struct MESHLOOM_API ModelPlacement {
   Layout layout;
   std::vector<plan::StageChunk> pieces;  ///< [pp * chunks]: where each piece of the model sits
   std::vector<int> split;                ///< decoder layers of each piece
-  ExpertMap experts = ExpertMap::even(0, 1);
+  std::vector<ExpertMap> experts;        ///< of each decoder layer, the same numbers on members
   Zero zero = Zero::kOptimizer;
   /// Consecutive world ranks of a node, so that sums and gatherings of replicas that fill nodes
   /// evenly go in two levels; 0: in one. Counts where nodes hold whole expert groups and a stage
@@ -83,7 +83,8 @@ struct MESHLOOM_API ModelPlacement {
 
   /// Model chunks of a pipeline stage, by chunk index.
   [[nodiscard]] std::vector<ChunkPlace> chunks(int stage) const;
-  /// Parameters of one chunk on a rank, with the handles that its stage asks by.
+  /// Parameters of one chunk on a rank, with the handles that its stage asks by. Routed experts are
+  /// in the order of their places: those of one rank are neighbours.
   [[nodiscard]] model::ParameterTable chunk_table(const ChunkPlace& chunk, int rank) const;
   /// Who shares parameters of a kind with a rank; nobody where it has none.
   [[nodiscard]] ReplicaOrder replicas(ReplicaSet set, int rank) const;

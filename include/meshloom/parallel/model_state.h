@@ -39,7 +39,11 @@ class MESHLOOM_API ModelState final : public ParameterState {
   [[nodiscard]] model::WeightGradSink& sink(int chunk) override;
   [[nodiscard]] at::Device device() const override { return device_; }
   [[nodiscard]] at::ScalarType compute() const override { return compute_; }
+  /// As parameters lie now.
   [[nodiscard]] const ModelPlacement& placement() const { return placement_; }
+  [[nodiscard]] const std::vector<ExpertMap>& experts() const override {
+    return placement_.experts;
+  }
   void begin_pass(int chunk, Pass pass, bool last) override;
   void end_pass(int chunk) override;
   void zero_gradients() override;
@@ -53,6 +57,22 @@ class MESHLOOM_API ModelState final : public ParameterState {
   /// @param fill  writes values of a part's table, [table.elements], in the master's dtype
   void assign(
       const std::function<void(const model::ParameterTable& table, at::Tensor& values)>& fill);
+  /// Experts go where `next` has them, between steps: values, masters and `beside` travel straight
+  /// from owner to owner, one of them and one layer at a time, so that a rank holds no more besides
+  /// than its experts of a layer. An expert that keeps its place sends nothing. Traffic is
+  /// accounted under `experts`. Gradients are undefined then. Collective over the world, the same
+  /// `next` on all ranks.
+  /// @param next    of each decoder layer, the same numbers on members
+  /// @param beside  of each part what is kept for every element of its own range, in the master's
+  ///   dtype, e.g. optimizer moments: [parts][any][own_range().size()]; the same number everywhere
+  /// @throws InvalidArgument  other numbers; nothing has moved.
+  /// @throws CommError, Timeout  the state is undefined.
+  void move_experts(const std::vector<ExpertMap>& next,
+                    const std::vector<std::vector<at::Tensor>>& beside);
+  /// The same for a state that is assigned or read anew afterwards: nothing travels, moved experts
+  /// have undefined values.
+  void place_experts(const std::vector<ExpertMap>& next);
+
   /// The reduced gradients of the whole model, in the flat order of its table, on every rank.
   /// Collective over the world.
   [[nodiscard]] at::Tensor whole_gradients();
@@ -68,6 +88,8 @@ class MESHLOOM_API ModelState final : public ParameterState {
   void finish_flushes(std::size_t keep);
   /// Moves sums and gatherings on that are under way.
   void advance();
+  void check_experts(const std::vector<ExpertMap>& next) const;
+  void make_chunks();
 
   ModelPlacement placement_;
   comm::Communicator world_;

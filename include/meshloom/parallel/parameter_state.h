@@ -4,9 +4,11 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "meshloom/core/export.h"
 #include "meshloom/model/parameters.h"
+#include "meshloom/parallel/expert_parallel.h"
 
 namespace meshloom::parallel {
 
@@ -27,6 +29,8 @@ class MESHLOOM_API ParameterState {
   [[nodiscard]] virtual at::Device device() const = 0;
   /// Dtype of values and of activations between stages.
   [[nodiscard]] virtual at::ScalarType compute() const = 0;
+  /// Where the routed experts of each decoder layer are, [layers].
+  [[nodiscard]] virtual const std::vector<ExpertMap>& experts() const = 0;
 
   /// Brackets one micro-batch's run through a chunk.
   /// @param last  the step's last pass that leaves weight gradients in this chunk: sums over

@@ -58,6 +58,18 @@ class MESHLOOM_API ShardedSpace {
   void start_gather();
   void finish_gather();
 
+  /// What a rank keeps of every element between steps, but for gradients.
+  struct Kept {
+    at::Tensor tensor;
+    bool whole = false;  ///< of all elements; else of the own range
+  };
+  /// Values where they are not sharded; masters where they are not a view of those. The same kinds
+  /// on all ranks.
+  [[nodiscard]] std::vector<Kept> kept() const;
+  /// Gives the same elements to other parameters, of the same shapes in the same order. Gradients
+  /// are undefined then. @throws InvalidArgument  other shapes.
+  void rename(model::ParameterTable table);
+
   /// Takes values and own masters from a full-precision source.
   /// @param full  [elements], any float dtype
   void assign(const at::Tensor& full);

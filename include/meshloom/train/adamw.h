@@ -56,6 +56,10 @@ class MESHLOOM_API AdamW {
   AdamW(const model::ParameterTable& table, const std::vector<ParameterSetting>& settings,
         parallel::FlatRange range, at::Tensor master, const AdamWOptions& options);
 
+  /// The same elements under other names: the range's settings follow. @throws InvalidArgument  a
+  /// parameter of the table has no setting.
+  void settle(const model::ParameterTable& table, const std::vector<ParameterSetting>& settings);
+
   /// Sum of squares over the trained elements of `gradient`, accumulated in fp64 in a fixed order.
   /// @param gradient  [range.size()]
   [[nodiscard]] double squared_norm(const at::Tensor& gradient) const;
@@ -83,6 +87,7 @@ class MESHLOOM_API AdamW {
   };
 
   AdamWOptions options_;
+  parallel::FlatRange range_;
   at::Tensor master_;
   at::Tensor exp_avg_;
   at::Tensor exp_avg_sq_;

@@ -68,6 +68,13 @@ struct CheckpointSection {
   std::string resume = "auto";
 };
 
+/// Which rank of an expert-parallel group holds which expert, while training.
+struct ExpertsSection {
+  std::int64_t replan_every = 0;  ///< steps between new decisions by observed loads; 0: none
+  /// A layer's experts stay unless the load of its busiest rank falls by this share.
+  double least_gain = 0.05;
+};
+
 /// How the model is spread over the layout's ranks.
 struct ParallelSection {
   int zero = 1;  ///< what is sharded over replicas: 1 optimizer state, 2 gradients, 3 parameters
@@ -78,6 +85,7 @@ struct ParallelSection {
   /// Consecutive ranks that count as one node; 0: those of a host. Plans keep units inside nodes,
   /// and sums of gradients cross them once for all their ranks.
   int ranks_per_node = 0;
+  ExpertsSection experts;
 };
 
 /// One training run, as config.yaml says it. Unknown keys are refused by name, with the

@@ -79,6 +79,13 @@ void bind_sections(py::module_& module) {
       .def_readwrite("held_out_fraction", &DataSection::held_out_fraction)
       .def_readwrite("invalid_utf8", &DataSection::invalid_utf8)
       .def_readwrite("cache", &DataSection::cache);
+  using train::ExpertsSection;
+  py::class_<ExpertsSection>(module, "ExpertsSection",
+                             "Which rank of an expert-parallel group holds which expert, while "
+                             "training.")
+      .def(keyword_init<ExpertsSection>("train.ExpertsSection"))
+      .def_readwrite("replan_every", &ExpertsSection::replan_every)
+      .def_readwrite("least_gain", &ExpertsSection::least_gain);
   using train::ParallelSection;
   py::class_<ParallelSection>(module, "ParallelSection",
                               "How the model is spread over the layout's ranks.")
@@ -88,7 +95,8 @@ void bind_sections(py::module_& module) {
       .def_readwrite("split", &ParallelSection::split)
       .def_readwrite("split_by", &ParallelSection::split_by)
       .def_readwrite("recompute", &ParallelSection::recompute)
-      .def_readwrite("ranks_per_node", &ParallelSection::ranks_per_node);
+      .def_readwrite("ranks_per_node", &ParallelSection::ranks_per_node)
+      .def_readwrite("experts", &ParallelSection::experts);
   using train::CheckpointSection;
   py::class_<CheckpointSection>(module, "CheckpointSection", "When to save, and how to resume.")
       .def(keyword_init<CheckpointSection>("train.CheckpointSection"))

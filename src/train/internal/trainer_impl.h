@@ -22,6 +22,7 @@
 #include "meshloom/train/checkpoint.h"
 #include "meshloom/train/trainer.h"
 #include "train/internal/collective.h"
+#include "train/internal/expert_loads.h"
 #include "train/internal/requests.h"
 #include "train/internal/run_lock.h"
 #include "train/internal/run_records.h"
@@ -90,6 +91,7 @@ class Trainer::Impl {
   bool try_resume(const std::string& folder, Failure& failure);
   void restore(const CheckpointInfo& info);
   [[nodiscard]] CheckpointInfo checkpoint_info() const;
+  [[nodiscard]] std::string experts_text() const;
   [[nodiscard]] std::vector<CheckpointPart> shard_states() const;
   [[nodiscard]] std::string checkpoints() const { return config_.run + "/checkpoints"; }
   void prepare_folder();
@@ -104,11 +106,17 @@ class Trainer::Impl {
                                           const data::StepMembership& membership) const;
   void diagnose(const plan::Program& program, const detail::StepOrder& order,
                 const parallel::StepOutcome& outcome, StepMetrics& metrics);
-  void load_metrics(const at::Tensor& counts, StepMetrics& metrics) const;
   void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                       StepMetrics& metrics);
   void fit_cost(const std::vector<double>& busy, const std::vector<double>& wait);
   void sum_over_ranks(at::Tensor& tensor);
+
+  // Experts.
+  void watch_experts();
+  void load_metrics(const detail::ExpertCounts& counts, StepMetrics& metrics);
+  void replan_experts(StepMetrics& metrics);
+  /// Optimizers follow the state's parameters to their places.
+  void settle_optimizers();
 
   // A run.
   void begin_run();
@@ -133,8 +141,8 @@ class Trainer::Impl {
   TrainerHooks hooks_;
   detail::Hosts hosts_;
   at::Device device_{at::kCPU};
-  parallel::ModelPlacement placement_;
-  plan::CompileOptions compile_;  ///< how plans become programs
+  parallel::ModelPlacement placement_;  ///< the layout's; the state's experts may have moved
+  plan::CompileOptions compile_;        ///< how plans become programs
   std::optional<parallel::Groups> groups_;
   std::vector<std::shared_ptr<model::Stage>> stages_;  ///< [chunk]
   std::unique_ptr<parallel::ModelState> state_;
@@ -142,6 +150,7 @@ class Trainer::Impl {
   std::vector<AdamW> optimizers_;  ///< one for each of the state's parts
   double bias_update_speed_ = 0.0;
   std::unique_ptr<model::BalanceLoss> balance_;
+  std::optional<detail::ExpertLoads> expert_loads_;  ///< where experts may move
   parallel::ExchangeOptions exchange_options_;
   bool exchanges_told_ = false;  ///< why units use the exchanges they do
   std::unique_ptr<parallel::Executor> executor_;

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -44,7 +45,7 @@ at::Tensor choices(std::int64_t tokens, std::int64_t k, std::int64_t experts, st
 
 /// What an expert does to its rows, by hand: another factor for each expert.
 at::Tensor experts_applied(const at::Tensor& rows, const std::vector<std::int64_t>& counts,
-                           const std::vector<std::int64_t>& held) {
+                           std::span<const std::int64_t> held) {
   at::Tensor result = rows.clone();
   std::int64_t begin = 0;
   for (std::size_t e = 0; e < held.size(); ++e) {
@@ -59,11 +60,16 @@ struct Passed {
   at::Tensor out, dx, dweights;
 };
 
-Passed pass_through(model::TokenDispatcher& dispatcher, const std::vector<std::int64_t>& held,
+/// The layer that the tests dispatch to; none before it has experts.
+constexpr std::int64_t kLayer = 1;
+
+std::vector<ExpertMap> maps_of(const ExpertMap& map) { return {ExpertMap::even(0, 1), map}; }
+
+Passed pass_through(model::TokenDispatcher& dispatcher, std::span<const std::int64_t> held,
                     std::int64_t experts, const at::Tensor& x, const at::Tensor& chosen,
                     const at::Tensor& weights, const at::Tensor& dout) {
   // Other work may come between the start and the arrival.
-  const auto rows_arrive = dispatcher.begin_dispatch(x, chosen, experts);
+  const auto rows_arrive = dispatcher.begin_dispatch(x, chosen, {kLayer, experts});
   const at::Tensor meanwhile = x.matmul(x.t());
   const auto tokens = rows_arrive();
   EXPECT_EQ(tokens.expert_rows.size(), held.size());
@@ -86,6 +92,7 @@ Passed pass_through(model::TokenDispatcher& dispatcher, const std::vector<std::i
 void check_map(const ExpertMap& map, const std::vector<std::int64_t>& tokens, std::int64_t k) {
   std::vector<std::int64_t> all;
   for (std::int64_t e = 0; e < map.experts(); ++e) all.push_back(e);
+  const std::vector<ExpertMap> maps = maps_of(map);
   comm::run_thread_ranks(map.ranks(), [&](comm::Communicator group) {
     const auto rank = static_cast<std::uint64_t>(group.rank());
     const std::int64_t count = tokens[rank];
@@ -95,7 +102,7 @@ void check_map(const ExpertMap& map, const std::vector<std::int64_t>& tokens, st
     const at::Tensor dout = numbers({count, kRowWidth}, 40 + rank);
     model::LocalDispatcher local;
     const Passed expected = pass_through(local, all, map.experts(), x, chosen, weights, dout);
-    ExpertDispatcher dispatcher(group, map);
+    ExpertDispatcher dispatcher(group, maps);
     const Passed given = pass_through(dispatcher, map.experts_of(group.rank()), map.experts(), x,
                                       chosen, weights, dout);
     EXPECT_TRUE(at::equal(given.out, expected.out)) << "rank " << rank;
@@ -110,7 +117,7 @@ TEST(ExpertMap, EvenSharesDifferByAtMostOne) {
       const ExpertMap map = ExpertMap::even(experts, ranks);
       std::int64_t held = 0;
       for (int rank = 0; rank < ranks; ++rank) {
-        const auto& own = map.experts_of(rank);
+        const auto own = map.experts_of(rank);
         const auto size = static_cast<std::int64_t>(own.size());
         EXPECT_GE(size, experts / ranks);
         EXPECT_LE(size, (experts + ranks - 1) / ranks);
@@ -131,6 +138,23 @@ TEST(ExpertMap, RefusesAnOwnerOutsideTheGroup) {
   } catch (const InvalidArgument& error) {
     EXPECT_NE(std::string(error.what()).find("expert 2 is on member 2"), std::string::npos);
   }
+}
+
+TEST(ExpertMap, RearrangedPlacesHoldAnyOrder) {
+  const ExpertMap even = ExpertMap::even(5, 2);  // 2 and 3
+  const ExpertMap map = even.rearranged({4, 0, 3, 1, 2});
+  EXPECT_EQ(map.places(), (std::vector<std::int64_t>{1, 3, 4, 2, 0}));
+  EXPECT_EQ(map.owner(4), 0);
+  EXPECT_EQ(map.owner(3), 1);
+  EXPECT_EQ(map.experts_of(0)[0], 4);
+  EXPECT_EQ(map.experts_of(1).size(), 3U);
+  EXPECT_TRUE(map.same_numbers(even));
+  EXPECT_FALSE(map == even);
+  EXPECT_EQ(map.rearranged({0, 1, 2, 3, 4}), even);
+  EXPECT_FALSE(ExpertMap({1, 0, 0, 0, 1}, 2).same_numbers(even));
+  EXPECT_THROW((void)even.rearranged({0, 1, 2, 3}), InvalidArgument);
+  EXPECT_THROW((void)even.rearranged({0, 1, 2, 3, 3}), InvalidArgument);
+  EXPECT_THROW((void)even.rearranged({0, 1, 2, 3, 5}), InvalidArgument);
 }
 
 TEST(ExpertDispatcher, EqualsOneRankThatHoldsAllExperts) {
@@ -156,10 +180,11 @@ TEST(ExpertDispatcher, RanksWithoutTokensStayInStep) {
 TEST(ExpertDispatcher, FollowsAnyMap) {
   check_map(ExpertMap({1, 0, 1, 1, 0, 0}, 2), {13, 8}, 2);
   check_map(ExpertMap({3, 3, 0, 2, 0, 3, 0}, 4), {5, 1, 0, 21}, 3);
+  check_map(ExpertMap::even(6, 2).rearranged({4, 0, 3, 1, 5, 2}), {13, 8}, 2);
 }
 
 TEST(ExpertDispatcher, RowsArriveSortedByExpertThenSender) {
-  const ExpertMap map = ExpertMap::even(4, 2);
+  const std::vector<ExpertMap> maps = maps_of(ExpertMap::even(4, 2));
   comm::run_thread_ranks(2, [&](comm::Communicator group) {
     // Row t of rank r is 100 r + t, and goes to experts t mod 4 and (t + 2) mod 4.
     const std::int64_t count = 6;
@@ -170,8 +195,8 @@ TEST(ExpertDispatcher, RowsArriveSortedByExpertThenSender) {
       chosen[t][0].fill_(t % 4);
       chosen[t][1].fill_((t + 2) % 4);
     }
-    ExpertDispatcher dispatcher(group, map);
-    const auto tokens = dispatcher.dispatch(x, chosen, 4);
+    ExpertDispatcher dispatcher(group, maps);
+    const auto tokens = dispatcher.dispatch(x, chosen, {kLayer, 4});
     EXPECT_EQ(tokens.expert_rows, (std::vector<std::int64_t>{6, 6}));
     const std::vector<double> even{0, 2, 4, 100, 102, 104};
     const std::vector<double> odd{1, 3, 5, 101, 103, 105};
@@ -183,12 +208,13 @@ TEST(ExpertDispatcher, RowsArriveSortedByExpertThenSender) {
     }
     EXPECT_TRUE(dispatcher.keeps_rows());
     EXPECT_THROW((void)dispatcher.rows_again(x, tokens, 2), NotSupported);
-    EXPECT_THROW((void)dispatcher.dispatch(x, chosen, 5), InvalidArgument);
+    EXPECT_THROW((void)dispatcher.dispatch(x, chosen, {kLayer, 5}), InvalidArgument);
   });
 }
 
 TEST(ExpertDispatcher, TrafficIsTheClosedForm) {
   const ExpertMap map = ExpertMap::even(5, 3);
+  const std::vector<ExpertMap> maps = maps_of(map);
   const std::int64_t k = 2;
   const std::vector<std::int64_t> tokens{12, 0, 31};
   std::atomic<std::int64_t> payload{0};
@@ -202,7 +228,7 @@ TEST(ExpertDispatcher, TrafficIsTheClosedForm) {
     for (std::int64_t i = 0; i < chosen.numel(); ++i) {
       away += map.owner(chosen.const_data_ptr<std::int64_t>()[i]) != group.rank();
     }
-    ExpertDispatcher dispatcher(group, map);
+    ExpertDispatcher dispatcher(group, maps);
     (void)pass_through(dispatcher, map.experts_of(group.rank()), map.experts(),
                        numbers({count, kRowWidth}, rank), chosen, numbers({count, k}, rank),
                        numbers({count, kRowWidth}, rank));
@@ -220,11 +246,10 @@ TEST(ExpertParallel, GroupsAreNeighboursAndReplicasHoldTheSame) {
   comm::run_thread_ranks(8, [&](comm::Communicator hdp) {
     Groups groups(hdp, place_model(config, {.hdp = 8, .ep = 4}));
     ASSERT_TRUE(groups.experts());
-    EXPECT_EQ(groups.experts()->group.size(), 4);
-    EXPECT_EQ(groups.experts()->group.rank(), hdp.rank() % 4);
+    EXPECT_EQ(groups.experts()->size(), 4);
+    EXPECT_EQ(groups.experts()->rank(), hdp.rank() % 4);
     EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).size(), 2);
     EXPECT_EQ(groups.replicas(ReplicaSet::kExpert).position(), hdp.rank() / 4);
-    EXPECT_EQ(groups.experts()->map.experts(), 5);
     EXPECT_FALSE(Groups(hdp, place_model(config, {.hdp = 8})).experts());
     EXPECT_THROW(Groups(hdp, place_model(config, {.hdp = 4, .ep = 2})), InvalidArgument);
   });

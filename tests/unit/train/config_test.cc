@@ -22,6 +22,7 @@ run: "runs/a b"
 seed: 7
 steps: 20
 layout: {hdp: 4}
+parallel: {zero: 2, experts: {replan_every: 50, least_gain: 0.1}}
 device: cuda:1
 dtype: bfloat16
 deterministic: true
@@ -72,6 +73,9 @@ checkpoint: {every_steps: 4, every_minutes: 1.5, keep: 3, resume: false}
                                                     "c.yaml");
   EXPECT_EQ(config.run, "runs/a b");
   EXPECT_EQ(config.layout.hdp, 4);
+  EXPECT_EQ(config.parallel.zero, 2);
+  EXPECT_EQ(config.parallel.experts.replan_every, 50);
+  EXPECT_EQ(config.parallel.experts.least_gain, 0.1);
   EXPECT_EQ(config.global_batch_tokens, 1'000'000);
   ASSERT_TRUE(config.cost.has_value());
   EXPECT_EQ(config.cost->exchange, 0.25);
