@@ -327,3 +327,33 @@ def test_checkpoints_of_any_layout_become_folders_for_transformers(
         assert torch.equal(converted[name], tensor), name
     wrong = meshloom(build_dir, "convert", tmp_path / "nothing", out, good=False)
     assert "no checkpoint" in wrong.stderr
+
+
+def test_experts_move_while_training(build_dir: Path, tmp_path: Path) -> None:
+    """The same losses and the same model as where they stay, `convert` included."""
+    import torch
+    from safetensors.torch import load_file
+
+    write_corpus(tmp_path / "corpus.jsonl")
+    models = []
+    for every in (0, 1):
+        config = write_config(
+            tmp_path / "config.yaml",
+            run=str(tmp_path / f"run-{every}"),
+            model={"config": running.MODEL | {"num_experts": 6}},
+            layout={"hdp": 4, "ep": 2},
+            parallel={"experts": {"replan_every": every, "least_gain": 0.0}},
+            clip_norm=0.0,
+            deterministic=True,
+        )
+        meshloom(build_dir, "train", config, "--ranks", 4, "--backend", "thread")
+        out = tmp_path / f"converted-{every}"
+        meshloom(build_dir, "convert", tmp_path / f"run-{every}", out, "--dtype", "float64")
+        models.append(load_file(out / "model.safetensors"))
+    stayed, moved = (running.metrics(tmp_path / f"run-{every}") for every in (0, 1))
+    assert sum(step["experts_moved"] for step in moved) > 0
+    assert all("experts_moved" not in step for step in stayed)
+    assert [step["loss"] for step in moved] == [step["loss"] for step in stayed]
+    assert models[0].keys() == models[1].keys()
+    for name, tensor in models[0].items():
+        assert torch.equal(models[1][name], tensor), name
