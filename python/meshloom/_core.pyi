@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'ExpertsSection', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'ExpertsSection', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'OffloadSection', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -640,6 +640,26 @@ class ParallelSection:
     @zero.setter
     def zero(self, arg0: typing.SupportsInt) -> None:
         ...
+class OffloadSection:
+    """
+    What plans may move to host memory between forward and backward.
+    """
+    enabled: bool
+    folder: str
+    def __init__(self, **kwargs) -> None:
+        ...
+    @property
+    def resident_layers(self) -> int:
+        ...
+    @resident_layers.setter
+    def resident_layers(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def transfer(self) -> float:
+        ...
+    @transfer.setter
+    def transfer(self, arg0: typing.SupportsFloat) -> None:
+        ...
 class CheckpointSection:
     """
     When to save, and how to resume.
@@ -682,6 +702,7 @@ class TrainConfig:
     layout: meshloom._plan.Layout
     model: ModelSection
     nan_policy: str
+    offload: OffloadSection
     optimizer: AdamWOptions
     parallel: ParallelSection
     run: str
@@ -698,7 +719,7 @@ class TrainConfig:
         """
     def __init__(self, **kwargs) -> None:
         ...
-    def resolve(self, world_size: typing.SupportsInt) -> None:
+    def resolve(self, world_size: typing.SupportsInt, layers: typing.SupportsInt = 0) -> None:
         ...
     def to_yaml(self) -> str:
         ...

@@ -26,6 +26,7 @@ GradientsResult = _core.GradientsResult
 GroupOptions = _core.GroupOptions
 ModelConfig = _core.ModelConfig
 ModelSection = _core.ModelSection
+OffloadSection = _core.OffloadSection
 ParameterRule = _core.ParameterRule
 ReduceOp = _core.ReduceOp
 ScheduleOptions = _core.ScheduleOptions

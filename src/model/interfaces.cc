@@ -42,6 +42,8 @@ Stage::~Stage() = default;
 TokenDispatcher::~TokenDispatcher() = default;
 WeightGradSink::~WeightGradSink() = default;
 
+void ActivationStore::layer_done(std::int64_t /*layer*/) {}
+
 Arrival<DispatchedTokens> TokenDispatcher::begin_dispatch(const at::Tensor& x,
                                                           const at::Tensor& experts,
                                                           ExpertLayer of) {

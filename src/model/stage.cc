@@ -91,6 +91,8 @@ class DecoderLayer {
     post_norm_ = parameter_handle(table, prefix + "post_attention_layernorm.weight", shape);
   }
 
+  [[nodiscard]] std::int64_t index() const { return layer_; }
+
   void forward(Pass& pass, ResidualStream& h) const {
     if (!recomputes(pass)) return forward_kept(pass, h);
     if (h.pending.defined()) h = {h.pending.add_(h.stream), {}};
@@ -222,7 +224,10 @@ class DecoderStage final : public Stage {
       h.stream = input;
     }
     pass.tables = rope_tables(context, h.stream.scalar_type());
-    for (const DecoderLayer& layer : layers_) layer.forward(pass, h);
+    for (const DecoderLayer& layer : layers_) {
+      layer.forward(pass, h);
+      if (pass.saves()) context.activations->layer_done(layer.index());
+    }
     StageOutput output;
     output.z_loss_sum = pass.z_loss_sum;
     if (head_) {

@@ -44,7 +44,7 @@ struct SlotWork {
 };
 
 struct ChunkWork {  ///< what one chunk of it keeps between forward and backward
-  model::ResidentActivations activations;
+  std::unique_ptr<model::ActivationStore> activations;
   detail::DeferredGradients deferred;
 };
 
@@ -52,32 +52,6 @@ struct Passage {  ///< a tensor on its way between stages
   at::Tensor tensor;
   comm::Work work;
 };
-
-/// What is planned, verified and simulated, but not executed yet, by name.
-void refuse_offload(const plan::StepPlan& plan) {
-  for (std::size_t s = 0; s < plan.slots.size(); ++s) {
-    for (std::size_t u = 0; u < plan.slots[s].units.size(); ++u) {
-      const auto& unit = plan.slots[s].units[u];
-      if (unit.offload > 0.0) {
-        throw NotSupported(
-            "parallel.executor",
-            fmt::format("slot {}, unit {}: offload {} is not built", s, u, unit.offload));
-      }
-    }
-  }
-}
-
-/// For every chunk the last instruction of a program that leaves weight gradients in it.
-std::vector<const plan::Instruction*> last_gradients(const plan::Program& program, int chunks) {
-  std::vector<const plan::Instruction*> result(static_cast<std::size_t>(chunks), nullptr);
-  for (const plan::Instruction& instruction : program.instructions) {
-    const bool leaves =
-        instruction.op == plan::Op::kWeightGradient ||
-        (instruction.op == plan::Op::kBackward && !instruction.defer_weight_gradient);
-    if (leaves) result.at(static_cast<std::size_t>(instruction.chunk)) = &instruction;
-  }
-  return result;
-}
 
 }  // namespace
 
@@ -89,7 +63,8 @@ class Executor::Impl {
         groups_(std::move(groups)),
         places_(placement.chunks(groups_.at().pp)),
         options_(std::move(options)),
-        exchange_(std::move(exchange)) {
+        exchange_(std::move(exchange)),
+        offload_(options_.spill_folder) {
     MESHLOOM_CHECK_EQ(stages_.size(), places_.size(), "parallel.executor",
                       "stages and model chunks of a rank");
     MESHLOOM_CHECK(std::all_of(stages_.begin(), stages_.end(), [](const auto& s) { return !!s; }),
@@ -128,7 +103,6 @@ class Executor::Impl {
   };
 
   StepOutcome run(Step step, const plan::Program& program) {
-    refuse_offload(step.plan);
     comm::Communicator& world = groups_.world();
     MESHLOOM_CHECK(step.plan.layout == groups_.layout(), "parallel.executor",
                    fmt::format("the plan is for layout {}, the ranks have {}",
@@ -139,6 +113,7 @@ class Executor::Impl {
                    "gradients or parameters are sharded (zero 2 or 3) and the plan is not in "
                    "lockstep; plan with lockstep hdp");
     const model::ModelConfig& config = stages_.front()->config();
+    check_offload(step.plan, config.layers);
     if (step.training && config.moe.experts > 0) {
       step.outcome.expert_counts =
           at::zeros({config.layers, config.moe.experts},
@@ -146,14 +121,16 @@ class Executor::Impl {
     }
     RoutingCounter routing(step.balance, step.outcome.expert_counts);
     step.routing = &routing;
-    step.last_gradients = last_gradients(program, groups_.layout().chunks);
+    step.last_gradients = detail::last_gradients(program, groups_.layout().chunks);
     if (step.training) step.state.zero_gradients();
+    offload_.begin_step(step.plan.memory, config.layers);
     RecorderLabel recorder(world);
     for (const auto& instruction : program.instructions) {
       try {
         recorder.set(detail::label_of(step.plan, instruction));
         const auto begin = Clock::now();
         if (options_.before) options_.before(instruction);
+        prepare_offload(step, program, instruction);
         const auto kind = execute(step, instruction);
         if (kind && options_.record_spans) {
           record(step, *kind, instruction, begin, Clock::now());
@@ -168,6 +145,7 @@ class Executor::Impl {
       }
     }
     for (Passage& passage : step.sent) passage.work.wait();
+    if (step.training) step.outcome.offload = offload_.outcome();
     return std::move(step.outcome);
   }
 
@@ -194,6 +172,16 @@ class Executor::Impl {
     return [&step, instruction](Span::Kind kind, Clock::time_point begin, Clock::time_point end) {
       record(step, kind, instruction, begin, end);
     };
+  }
+
+  /// Names the backward that follows an instruction, so that what it needs is fetched in time.
+  void prepare_offload(Step& step, const plan::Program& program,
+                       const plan::Instruction& instruction) {
+    offload_.set_spans(sink_for(step, instruction));
+    const plan::Instruction* const next = detail::backward_after(program, instruction);
+    const auto found =
+        next == nullptr ? step.chunks.end() : step.chunks.find({next->slot, next->chunk});
+    offload_.set_upcoming(found == step.chunks.end() ? nullptr : found->second.activations.get());
   }
 
   /// @returns what the time was spent on; nothing for an instruction that posts a transfer or that
@@ -308,7 +296,7 @@ class Executor::Impl {
             .linear = *slot.linear,
             .balance = step.routing,
             .gradients = step.training ? &sink : nullptr,
-            .activations = step.training ? &work.activations : nullptr,
+            .activations = work.activations.get(),
             .loss_weight = step.loss_weight,
             .z_loss_weight = step.z_loss_weight,
             .recompute = options_.recompute};
@@ -381,6 +369,10 @@ class Executor::Impl {
     const ChunkPlace& place = places_[static_cast<std::size_t>(chunk)];
     SlotWork& slot = step.slots.at(instruction.slot);
     ChunkWork& work = step.chunks[{instruction.slot, chunk}];
+    if (step.training) {
+      const double ratio = instruction.unit < 0 ? 0.0 : unit_of(step, instruction).offload;
+      work.activations = offload_.make_store(ratio, place.layers);
+    }
     share_counts(step, instruction);
     const at::Tensor input =
         place.with_embedding ? at::Tensor() : take(step, instruction, /*gradient=*/false);
@@ -454,6 +446,7 @@ class Executor::Impl {
   bool sharded_ = false;  ///< gradients or parameters
   ExecutorOptions options_;
   ExchangeFactory exchange_;
+  ActivationOffload offload_;
   std::shared_ptr<ExchangeBuffers> buffers_ = std::make_shared<ExchangeBuffers>();
 };
 

@@ -38,4 +38,24 @@ comm::Label label_of(const plan::StepPlan& plan, const plan::Instruction& instru
   return label;
 }
 
+std::vector<const plan::Instruction*> last_gradients(const plan::Program& program, int chunks) {
+  std::vector<const plan::Instruction*> result(static_cast<std::size_t>(chunks), nullptr);
+  for (const plan::Instruction& instruction : program.instructions) {
+    const bool leaves =
+        instruction.op == plan::Op::kWeightGradient ||
+        (instruction.op == plan::Op::kBackward && !instruction.defer_weight_gradient);
+    if (leaves) result.at(static_cast<std::size_t>(instruction.chunk)) = &instruction;
+  }
+  return result;
+}
+
+const plan::Instruction* backward_after(const plan::Program& program,
+                                        const plan::Instruction& instruction) {
+  const auto* const end = program.instructions.data() + program.instructions.size();
+  const auto* const next = std::find_if(&instruction + 1, end, [](const auto& later) {
+    return later.op == plan::Op::kForward || later.op == plan::Op::kBackward;
+  });
+  return next == end || next->op == plan::Op::kForward ? nullptr : next;
+}
+
 }  // namespace meshloom::parallel::detail

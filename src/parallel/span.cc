@@ -20,6 +20,8 @@ const char* to_string(Span::Kind kind) {
       return "tensor";
     case Span::Kind::kPipeline:
       return "pipeline";
+    case Span::Kind::kOffload:
+      return "offload";
     case Span::Kind::kReduce:
       return "reduce";
     case Span::Kind::kStep:

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <initializer_list>
 #include <regex>
@@ -63,6 +64,11 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   check.at_least("parallel.experts.replan_every",
                  static_cast<double>(c.parallel.experts.replan_every), 0);
   check.fraction("parallel.experts.least_gain", c.parallel.experts.least_gain);
+  check.at_least("offload.resident_layers", c.offload.resident_layers, 0);
+  if (!(c.offload.transfer >= 0.0 && std::isfinite(c.offload.transfer))) {
+    check.add("offload.transfer",
+              fmt::format("got {}, expected a number of at least 0", c.offload.transfer));
+  }
   if (!std::regex_match(c.device, std::regex("cpu|cuda(:[0-9]+)?"))) {
     check.add("device", fmt::format("got \"{}\", expected cpu, cuda or cuda:N", c.device));
   }
@@ -151,7 +157,13 @@ void TrainConfig::validate() const {
   }
 }
 
-void TrainConfig::resolve(int world_size) {
+MemoryModel TrainConfig::memory(int layers) const {
+  return {.layers = offload.enabled ? layers : 0,
+          .resident_layers = offload.resident_layers,
+          .transfer = offload.transfer};
+}
+
+void TrainConfig::resolve(int world_size, int layers) {
   validate();
   if (layout.hdp == 0) layout.hdp = std::max(1, world_size / (layout.tp * layout.pp));
   layout.validate();
@@ -164,10 +176,12 @@ void TrainConfig::resolve(int world_size) {
   // As the loader has it: documents without a limit of their own are cut at a step's tokens.
   const std::int64_t most =
       data.max_document_tokens > 0 ? data.max_document_tokens : global_batch_tokens;
-  const std::int64_t longest = share(most);
   if (capacity_tokens == 0) {
-    capacity_tokens = std::max(share(global_batch_tokens), longest);
-  } else if (longest > capacity_tokens) {
+    capacity_tokens = std::max(share(global_batch_tokens), share(most));
+    return;
+  }
+  const std::int64_t held = memory(layers).unit_capacity(capacity_tokens, layout.hdp, 1.0);
+  if (most > held) {
     throw InvalidArgument(
         kConfigWhere,
         fmt::format("documents of {} tokens ({}) do not fit {} ranks of capacity_tokens {}; the "
@@ -176,7 +190,7 @@ void TrainConfig::resolve(int world_size) {
                     data.max_document_tokens > 0 ? "data.max_document_tokens"
                                                  : "global_batch_tokens, without "
                                                    "data.max_document_tokens",
-                    layout.hdp, capacity_tokens, layout.hdp * capacity_tokens));
+                    layout.hdp, capacity_tokens, held));
   }
 }
 

@@ -89,6 +89,13 @@ void fields(auto& visit, Is<ParallelSection> auto& parallel) {
   visit("experts", parallel.experts);
 }
 
+void fields(auto& visit, Is<OffloadSection> auto& offload) {
+  visit("enabled", offload.enabled);
+  visit("resident_layers", offload.resident_layers);
+  visit("transfer", offload.transfer);
+  visit("folder", offload.folder);
+}
+
 void fields(auto& visit, Is<CheckpointSection> auto& checkpoint) {
   visit("every_steps", checkpoint.every_steps);
   visit("every_minutes", checkpoint.every_minutes);
@@ -102,6 +109,7 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("steps", config.steps);
   visit("layout", config.layout);
   visit("parallel", config.parallel);
+  visit("offload", config.offload);
   visit("device", config.device);
   visit("dtype", config.dtype);
   visit("deterministic", config.deterministic);

@@ -37,6 +37,7 @@ RankTimes times_of(const std::vector<parallel::Span>& spans) {
       case Kind::kDispatch:
       case Kind::kTensor:
       case Kind::kPipeline:
+      case Kind::kOffload:
         times.busy -= seconds;
         break;
       case Kind::kLoad:

@@ -53,8 +53,9 @@ StepPlanner::StepPlanner(std::shared_ptr<data::Loader> loader,
       problem_(std::move(problem)),
       compile_(std::move(compile)) {}
 
-void StepPlanner::start(std::int64_t step, const CostModel& cost) {
-  next_ = std::async(std::launch::async, [this, step, cost] { return make(step, cost); });
+void StepPlanner::start(std::int64_t step, const CostModel& cost, const MemoryModel& memory) {
+  next_ = std::async(std::launch::async,
+                     [this, step, cost, memory] { return make(step, cost, memory); });
 }
 
 StepPlanner::Result StepPlanner::take(std::chrono::milliseconds limit) {
@@ -65,12 +66,14 @@ StepPlanner::Result StepPlanner::take(std::chrono::milliseconds limit) {
   return next_.get();
 }
 
-StepPlanner::Result StepPlanner::make(std::int64_t step, const CostModel& cost) {
+StepPlanner::Result StepPlanner::make(std::int64_t step, const CostModel& cost,
+                                      const MemoryModel& memory) {
   StepOrder order{.membership = loader_->next(), .plan = {}};
   const auto begin = std::chrono::steady_clock::now();
   plan::PlanProblem problem = problem_;
   problem.step = step;
   problem.cost = cost;
+  problem.memory = memory;
   problem.samples = order.membership.samples;
   order.plan = plan::make_plan(problem, strategy_name_, *strategy_);
   verify_step(order.plan, compile_);

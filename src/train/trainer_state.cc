@@ -137,7 +137,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
 
 void Trainer::Impl::resolve() {
   config_.layout = detail::resolve_layout(config_.layout, world_.size(), kStateWhere);
-  config_.resolve(world_.size());
+  config_.resolve(world_.size(), static_cast<int>(model_.layers));
   placement_ = detail::place(model_, config_.layout, config_.parallel, hosts_);
   compile_ = detail::compile_options(placement_, config_.parallel.pipeline);
   if (config_.deterministic && !world_.deterministic()) {
@@ -205,6 +205,7 @@ void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {
   parallel::ExecutorOptions options;
   options.z_loss_coefficient = config_.z_loss_coefficient;
   options.recompute = model::parse_recompute(config_.parallel.recompute);
+  options.spill_folder = config_.offload.folder;
   options.before = hooks_.before;
   if (config_.exchange_dtype != "same") {
     exchange_options_.wire_type = detail::parse_dtype_name(config_.exchange_dtype);
@@ -293,7 +294,8 @@ CheckpointInfo Trainer::Impl::checkpoint_info() const {
                 {"loader", loader_state_},
                 {"balance", balance_ ? tensor_text(balance_->state()) : std::string()},
                 {"cost", cost_fit_.to_json()},
-                {"experts", experts_text()}};
+                {"experts", experts_text()},
+                {"transfer", transfer_fit_.to_json()}};
   info.numbers = {{"seed", static_cast<double>(config_.seed)},
                   {"updates", static_cast<double>(optimizers_.front().updates())},
                   {"tokens_seen", tokens_seen_},
@@ -326,6 +328,9 @@ void Trainer::Impl::restore(const CheckpointInfo& info) {
   tokens_seen_ = number("tokens_seen");
   skipped_steps_ = static_cast<std::int64_t>(number("skipped_steps"));
   if (!config_.cost) cost_fit_ = CostRefiner::from_json(info_text(info, "cost"));
+  if (!info_text(info, "transfer").empty()) {
+    transfer_fit_ = TransferRefiner::from_json(info_text(info, "transfer"));
+  }
   if (balance_ && !info_text(info, "balance").empty()) {
     balance_->load_state(parse_tensor(info_text(info, "balance"), device_));
   }

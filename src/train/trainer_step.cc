@@ -81,7 +81,7 @@ detail::StepOrder Trainer::Impl::next_order(StepMetrics& metrics) {
   const Clock::time_point begin = Clock::now();
   if (planner_) {
     try {
-      if (!planner_->started()) planner_->start(next_step_, cost_fit_.model());
+      if (!planner_->started()) planner_->start(next_step_, cost_fit_.model(), memory_model());
       result = planner_->take(limit);
     } catch (const std::exception&) {
       failure = detail::current_failure();
@@ -93,7 +93,9 @@ detail::StepOrder Trainer::Impl::next_order(StepMetrics& metrics) {
   if (planner_) {
     loader_state_ = result.loader_state;
     metrics.extra["plan_seconds"] = result.seconds;
-    if (next_step_ + 1 < config_.steps) planner_->start(next_step_ + 1, cost_fit_.model());
+    if (next_step_ + 1 < config_.steps) {
+      planner_->start(next_step_ + 1, cost_fit_.model(), memory_model());
+    }
   }
   detail::StepOrder order = detail::StepOrder::from_bytes(bytes);
   if (planner_ && !exchanges_told_) {
@@ -306,7 +308,7 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
       busy[index] -= length;
       busy_all -= length;
     } else if (span.kind == Kind::kDispatch || span.kind == Kind::kTensor ||
-               span.kind == Kind::kPipeline) {
+               span.kind == Kind::kPipeline || span.kind == Kind::kOffload) {
       busy[index] -= length;
       busy_all -= length;
     }
@@ -412,6 +414,7 @@ StepMetrics Trainer::Impl::step() {
   place("metrics");
   reduce_metrics(outcome, begin, metrics);
   replan_experts(metrics);
+  reduce_offload(outcome.offload, metrics);
   for (std::string& notice : explainer_->explain(last_plan_, outcome.spans, metrics)) {
     notices_.push_back(std::move(notice));
   }
@@ -425,42 +428,6 @@ StepMetrics Trainer::Impl::step() {
   }
   ++next_step_;
   return metrics;
-}
-
-double Trainer::Impl::evaluate() {
-  const c10::DeviceGuard guard(device_);
-  std::string bytes;
-  on_rank_0("train.evaluate", [&] {
-    detail::StepOrder order;
-    order.membership = loader_->held_out(config_.evaluate_tokens);
-    if (order.membership.samples.empty()) {
-      throw DataError("train.evaluate", "no documents are held out; set data.held_out_fraction");
-    }
-    plan::PlanProblem problem;
-    problem.step = next_step_;
-    problem.layout = config_.layout;
-    problem.capacity_tokens = config_.capacity_tokens;
-    problem.ranks_per_node = detail::hdp_ranks_per_node(placement_);
-    if (placement_.zero != parallel::Zero::kOptimizer) problem.lockstep = plan::Lockstep::kHdp;
-    problem.cost = cost_fit_.model();
-    problem.samples = order.membership.samples;
-    order.plan = plan::make_plan(problem, "balanced");
-    bytes = order.to_bytes();
-  });
-  const detail::StepOrder order =
-      detail::StepOrder::from_bytes(detail::broadcast_text(world_, bytes, 0));
-  const plan::Program program = plan::compile_rank(order.plan, compile_, world_.rank());
-  parallel::ExecutorOptions options;
-  options.record_spans = false;
-  parallel::Executor evaluator(stages_, placement_, *groups_, options,
-                               parallel::make_exchange_factory(exchange_options_));
-  const parallel::StepOutcome outcome =
-      evaluator.evaluate(order.plan, program, sample_loader(order.membership), *state_);
-  double loss = 0.0;
-  for (const std::vector<double>& rank : detail::gather_numbers(world_, {outcome.loss_sum})) {
-    loss += rank[0];
-  }
-  return loss / static_cast<double>(std::max<std::int64_t>(1, order.plan.total_loss_tokens()));
 }
 
 }  // namespace meshloom::train

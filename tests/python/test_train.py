@@ -296,6 +296,47 @@ def test_ranks_end_with_their_launcher(build_dir: Path, tmp_path: Path) -> None:
     assert not ranks()
 
 
+def test_offloaded_activations_leave_nothing_behind(build_dir: Path, tmp_path: Path) -> None:
+    """kill -9 of a run with activations in a file: its folder is as empty as it was while it ran."""
+    write_corpus(tmp_path / "corpus.jsonl")
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    config = write_config(
+        tmp_path / "config.yaml", steps=100_000, save_plans=False, global_batch_tokens=900,
+        capacity_tokens=150, data={"max_document_tokens": 290},
+        offload={"enabled": True, "resident_layers": 1, "folder": str(spill)},
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "meshloom", "train", str(config)],
+        env=running.environment(build_dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    folder = tmp_path / "run"
+    deadline = time.monotonic() + running.LIMIT
+    moved = 0.0
+    while time.monotonic() < deadline and moved == 0.0:
+        assert process.poll() is None
+        time.sleep(0.05)
+        if (folder / "metrics.jsonl").exists():
+            whole_lines = (folder / "metrics.jsonl").read_text().rpartition("\n")[0].splitlines()
+            moved = sum(json.loads(line)["offload_bytes"] for line in whole_lines)
+    process.kill()
+    process.wait()
+    assert moved > 0.0
+    assert not list(spill.iterdir())
+
+
+def test_offload_without_a_folder_to_write_to(build_dir: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.jsonl")
+    config = write_config(
+        tmp_path / "config.yaml", global_batch_tokens=900, capacity_tokens=150,
+        data={"max_document_tokens": 290},
+        offload={"enabled": True, "resident_layers": 1, "folder": str(tmp_path / "missing")},
+    )
+    result = meshloom(build_dir, "train", config, good=False)
+    for words in ("offloaded activations", str(tmp_path / "missing"), "No such file"):
+        assert words in " ".join(result.stderr.split())
+
+
 def test_quickstart_config_trains(build_dir: Path, tmp_path: Path) -> None:
     """One step of examples/quickstart.sh's run, on the headers of this repository."""
     result = meshloom(

@@ -28,9 +28,13 @@ class MESHLOOM_API ActivationStore {
  public:
   virtual ~ActivationStore();
   virtual void push(Activation kind, at::Tensor tensor) = 0;
+  /// Forward has ended this layer of the model: what was pushed since the layer before is the
+  /// layer's, and may be away until backward comes to it. What no layer owns is pushed after all.
+  virtual void layer_done(std::int64_t layer);
   /// @throws InvalidArgument  the stack is empty or its top is of another kind: forward and
   ///   backward of a layer disagree.
   [[nodiscard]] virtual at::Tensor pop(Activation kind) = 0;
+  /// Held in the memory of the device.
   [[nodiscard]] virtual std::int64_t bytes() const = 0;
 };
 

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "meshloom/comm/communicator.h"
 #include "meshloom/core/export.h"
 #include "meshloom/model/router_balance.h"
 #include "meshloom/model/stage.h"
+#include "meshloom/parallel/activation_offload.h"
 #include "meshloom/parallel/exchange.h"
 #include "meshloom/parallel/groups.h"
 #include "meshloom/parallel/model_placement.h"
@@ -41,6 +43,7 @@ struct StepOutcome {
   /// fp64 [layers, experts]: times that this rank's tokens chose each expert; undefined for dense
   /// models and in `evaluate`.
   at::Tensor expert_counts;
+  OffloadOutcome offload;
   std::vector<Span> spans;  ///< in order of their end
 };
 
@@ -48,6 +51,7 @@ struct ExecutorOptions {
   double z_loss_coefficient = 0.0;
   bool record_spans = true;
   model::Recompute recompute = model::Recompute::kNone;  ///< the same on all ranks
+  std::string spill_folder;  ///< of offloaded activations, see ActivationOffload
   /// Called before each instruction, within its measured time, e.g. to inject delays and failures
   /// in tests; may throw.
   std::function<void(const plan::Instruction&)> before;
@@ -72,7 +76,9 @@ class MESHLOOM_API Executor {
   /// is zeroed first; kReduce sums them, kStep calls `on_step`, then gathers parameters.
   /// @param balance  balance loss of MoE layers; may be null. The `sequence` form's counts are
   ///   summed over the unit here.
-  /// @throws NotSupported     offload: names slot and unit; nothing has run.
+  /// @throws PlanError        a unit offloads by a memory model of other layers; names slot and
+  /// unit;
+  ///   nothing has run.
   /// @throws InvalidArgument  plan, program and groups do not belong together, or ZeRO 2 or 3
   ///   under a plan that is not in lockstep; nothing has run.
   /// @throws Error  with step, slot, unit and samples added to its text; the communicator is

@@ -19,6 +19,7 @@ struct Span {
     kDispatch,  ///< waiting for tokens on their way to experts or back
     kTensor,    ///< waiting for rows of the tensor-parallel group
     kPipeline,  ///< waiting for activations of another stage, or their gradients
+    kOffload,   ///< waiting for activations on their way to host memory or back
     kReduce,
     kStep,
   };

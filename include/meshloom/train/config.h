@@ -7,6 +7,7 @@
 
 #include "meshloom/core/export.h"
 #include "meshloom/cost/cost_model.h"
+#include "meshloom/cost/memory_model.h"
 #include "meshloom/mesh/layout.h"
 #include "meshloom/model/config.h"
 
@@ -88,6 +89,14 @@ struct ParallelSection {
   ExpertsSection experts;
 };
 
+/// What plans may move to host memory between forward and backward, see docs/parallel.md.
+struct OffloadSection {
+  bool enabled = false;
+  int resident_layers = 2;  ///< of the model, that stay
+  double transfer = 0.0;    ///< MemoryModel::transfer; 0: measured, where costs are
+  std::string folder;       ///< of the file for what leaves CPU memory; empty: the system's
+};
+
 /// One training run, as config.yaml says it. Unknown keys are refused by name, with the
 /// nearest known one.
 struct MESHLOOM_API TrainConfig {
@@ -96,6 +105,7 @@ struct MESHLOOM_API TrainConfig {
   std::int64_t steps = 100;
   Layout layout{.hdp = 0};  ///< hdp 0: all ranks
   ParallelSection parallel;
+  OffloadSection offload;
   std::string device = "cpu";     ///< cpu, cuda (the rank's local device), cuda:N
   std::string dtype = "float32";  ///< compute: float32, bfloat16, float64
   bool deterministic = false;
@@ -141,9 +151,13 @@ struct MESHLOOM_API TrainConfig {
   /// Fills what depends on the world: layout.hdp, threads are left to the trainer.
   /// `capacity_tokens` 0 becomes the larger of global_batch_tokens / hdp and the share of the
   /// longest document on the whole axis, data.max_document_tokens / hdp, rounded up.
+  /// @param layers  of the model, for what the axis holds with offload; 0: as without
   /// @throws InvalidArgument  the layout does not fit `world_size`, or max_document_tokens does not
   ///   fit the axis.
-  void resolve(int world_size);
+  void resolve(int world_size, int layers = 0);
+
+  /// What planning knows of memory for a model of `layers`.
+  [[nodiscard]] MemoryModel memory(int layers) const;
 };
 
 /// The model that the `model` section describes.

@@ -97,6 +97,14 @@ void bind_sections(py::module_& module) {
       .def_readwrite("recompute", &ParallelSection::recompute)
       .def_readwrite("ranks_per_node", &ParallelSection::ranks_per_node)
       .def_readwrite("experts", &ParallelSection::experts);
+  using train::OffloadSection;
+  py::class_<OffloadSection>(module, "OffloadSection",
+                             "What plans may move to host memory between forward and backward.")
+      .def(keyword_init<OffloadSection>("train.OffloadSection"))
+      .def_readwrite("enabled", &OffloadSection::enabled)
+      .def_readwrite("resident_layers", &OffloadSection::resident_layers)
+      .def_readwrite("transfer", &OffloadSection::transfer)
+      .def_readwrite("folder", &OffloadSection::folder);
   using train::CheckpointSection;
   py::class_<CheckpointSection>(module, "CheckpointSection", "When to save, and how to resume.")
       .def(keyword_init<CheckpointSection>("train.CheckpointSection"))
@@ -116,7 +124,7 @@ void bind_config(py::module_& module) {
       .def_static("from_yaml", &TrainConfig::from_yaml, py::arg("text"), py::arg("name") = "config")
       .def("to_yaml", &TrainConfig::to_yaml)
       .def("validate", &TrainConfig::validate)
-      .def("resolve", &TrainConfig::resolve, py::arg("world_size"))
+      .def("resolve", &TrainConfig::resolve, py::arg("world_size"), py::arg("layers") = 0)
       .def_readwrite("run", &TrainConfig::run)
       .def_readwrite("seed", &TrainConfig::seed)
       .def_readwrite("steps", &TrainConfig::steps)
@@ -149,7 +157,8 @@ void bind_config(py::module_& module) {
       .def_readwrite("schedule", &TrainConfig::schedule)
       .def_readwrite("rules", &TrainConfig::rules)
       .def_readwrite("checkpoint", &TrainConfig::checkpoint)
-      .def_readwrite("parallel", &TrainConfig::parallel);
+      .def_readwrite("parallel", &TrainConfig::parallel)
+      .def_readwrite("offload", &TrainConfig::offload);
   module.def("load_model_config", &train::load_model_config, py::arg("config"),
              "The model that the config's `model` section describes.");
   module.def(

@@ -182,6 +182,11 @@ def _figures(
         ("sent between hosts, a step", sent(True)),
         ("skipped steps", str(sum(1 for entry in steps if entry.get("skipped")))),
     ]
+    if any("offload_bytes" in entry for entry in later):
+        figures += [
+            ("activations offloaded, a step", in_bytes(_mean(entry.get("offload_bytes") for entry in later) or 0.0)),
+            ("waiting for offloaded activations", share("offload_exposed_seconds")),
+        ]
     return figures
 
 

@@ -29,7 +29,7 @@ struct StepOrder {
 /// Rank 0's planner: one step ahead, in the background. One thread calls it.
 class StepPlanner {
  public:
-  /// @param problem  layout, capacity and the like; samples and cost are filled per step
+  /// @param problem  layout, capacity and the like; samples, cost and memory are filled per step
   StepPlanner(std::shared_ptr<data::Loader> loader, std::shared_ptr<plan::BalanceStrategy> strategy,
               std::string strategy_name, plan::PlanProblem problem, plan::CompileOptions compile);
 
@@ -45,7 +45,7 @@ class StepPlanner {
   }
 
   /// Begins to plan `step`: membership, plan, programs of all ranks, verification.
-  void start(std::int64_t step, const CostModel& cost);
+  void start(std::int64_t step, const CostModel& cost, const MemoryModel& memory);
   [[nodiscard]] bool started() const { return next_.valid(); }
 
   struct Result {
@@ -57,7 +57,7 @@ class StepPlanner {
   [[nodiscard]] Result take(std::chrono::milliseconds limit);
 
  private:
-  [[nodiscard]] Result make(std::int64_t step, const CostModel& cost);
+  [[nodiscard]] Result make(std::int64_t step, const CostModel& cost, const MemoryModel& memory);
 
   std::shared_ptr<data::Loader> loader_;
   std::shared_ptr<plan::BalanceStrategy> strategy_;

@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "meshloom/cost/fit.h"
+#include "meshloom/cost/memory_model.h"
+#include "meshloom/cost/transfer_refiner.h"
 #include "meshloom/model/balance_losses.h"
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/executor.h"
@@ -108,6 +110,9 @@ class Trainer::Impl {
                 const parallel::StepOutcome& outcome, StepMetrics& metrics);
   void reduce_metrics(const parallel::StepOutcome& outcome, Clock::time_point begin,
                       StepMetrics& metrics);
+  void reduce_offload(const parallel::OffloadOutcome& own, StepMetrics& metrics);
+  /// For the next plan.
+  [[nodiscard]] MemoryModel memory_model() const;
   void fit_cost(const std::vector<double>& busy, const std::vector<double>& wait);
   void sum_over_ranks(at::Tensor& tensor);
 
@@ -161,6 +166,7 @@ class Trainer::Impl {
   std::unique_ptr<detail::RunWatch> watch_;  ///< once the run folder is there
   CostRefiner cost_fit_;
   bool fit_costs_ = false;
+  TransferRefiner transfer_fit_;
   std::string loader_state_;     ///< after the membership of the last step taken
   std::int64_t first_step_ = 0;  ///< the first one of this trainer
   double tokens_seen_ = 0.0;

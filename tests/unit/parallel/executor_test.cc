@@ -74,26 +74,17 @@ std::string message_of(const std::function<void()>& body) {
   return {};
 }
 
-TEST(Executor, PlansThatAreNotBuiltAreRefusedByName) {
-  const auto world = comm::make_thread_world(1);
-  const auto refused = [&](auto change, const char* expected) {
-    Step step({5, 9}, 1, 32);
-    change(step.plan);
-    try {
-      step.run(world[0]);
-      ADD_FAILURE() << expected << " was not refused";
-    } catch (const NotSupported& error) {
-      EXPECT_NE(std::string(error.what()).find(expected), std::string::npos) << error.what();
-    }
-  };
-  refused([](auto& plan) { plan.slots[0].units[0].offload = 0.5; }, "slot 0, unit 0: offload 0.5");
-  EXPECT_EQ(world[0].traffic().size(), 0U) << "nothing has run";
-}
-
 TEST(Executor, PlansOfAnotherWorldAreRefused) {
   const auto world = comm::make_thread_world(2);
   const Step one({5, 9}, 1, 32);
   EXPECT_NE(message_of([&] { one.run(world[0]); }).find("ranks of the world"), std::string::npos);
+  Step deeper({5, 9}, 1, 32);
+  deeper.plan.memory.layers = 7;
+  deeper.plan.slots[0].units[0].offload = 0.5;
+  const auto alone = comm::make_thread_world(1);
+  EXPECT_NE(message_of([&] { deeper.run(alone[0]); }).find("slot 0, unit 0 offloads 0.5"),
+            std::string::npos);
+  EXPECT_EQ(alone[0].traffic().size(), 0U) << "nothing has run";
   Step swapped({60, 9}, 2, 64);
   std::swap(swapped.programs[0], swapped.programs[1]);
   EXPECT_NE(message_of([&] { swapped.run(world[0]); }).find("rank of the program"),

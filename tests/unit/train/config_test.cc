@@ -189,6 +189,23 @@ TEST(TrainConfig, ResolveFillsLayoutAndCapacity) {
             std::string::npos);
 }
 
+TEST(TrainConfig, WithOffloadTheAxisHoldsMore) {
+  TrainConfig config = TrainConfig::from_yaml(
+      "{global_batch_tokens: 4000, capacity_tokens: 500, offload: {enabled: true}}", "c");
+  EXPECT_EQ(config.memory(32).layers, 32);
+  EXPECT_EQ(config.memory(32).resident_layers, 2);
+  // Two of four layers stay: twice what fits without.
+  EXPECT_NO_THROW(config.resolve(4, 4));
+  config.layout = {.hdp = 0};
+  EXPECT_NE(message_of<InvalidArgument>([&] { config.resolve(3, 4); }).find("the axis holds 3000"),
+            std::string::npos);
+  config.offload.enabled = false;
+  config.layout = {.hdp = 0};
+  EXPECT_EQ(config.memory(32).layers, 0);
+  EXPECT_NE(message_of<InvalidArgument>([&] { config.resolve(4, 4); }).find("the axis holds 2000"),
+            std::string::npos);
+}
+
 TEST(TrainConfig, ModelSectionHasToSayAModel) {
   const TrainConfig config = TrainConfig::from_yaml(kSmall, "c");
   EXPECT_NE(message_of<InvalidArgument>([&] {
