@@ -2,6 +2,7 @@
 meshloom_add_extension(_plan
   SOURCES
     bindings/plan/fit.cc
+    bindings/plan/memory.cc
     bindings/plan/models.cc
     bindings/plan/module.cc
     bindings/plan/program.cc

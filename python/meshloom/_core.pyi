@@ -9,7 +9,7 @@ import meshloom._plan
 import torch
 import torch.distributed.distributed_c10d
 import typing
-__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'ExpertsSection', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'ModelConfig', 'ModelSection', 'MoeConfig', 'OffloadSection', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
+__all__: list[str] = ['AdamWOptions', 'CheckpointSection', 'Communicator', 'DataSection', 'Document', 'DocumentRef', 'ExpertsSection', 'GradientsOptions', 'GradientsResult', 'GroupOptions', 'GroupTraffic', 'KindTraffic', 'Loader', 'MemoryReport', 'ModelConfig', 'ModelSection', 'MoeConfig', 'OffloadSection', 'ParallelSection', 'ParameterRule', 'RankTimes', 'ReduceOp', 'RopeConfig', 'ScheduleOptions', 'Source', 'StepMembership', 'StepMetrics', 'Tokenizer', 'TrafficEntry', 'TrainConfig', 'Trainer', 'UnitShare', 'Watchdog', 'Work', 'cached', 'callback_tokenizer', 'concatenate', 'documents_of_iterable', 'documents_of_sequence', 'export_checkpoint', 'gradients', 'jsonl', 'load_model_config', 'load_sentencepiece', 'make_fake_world', 'make_mpi_world', 'make_nccl_world', 'make_thread_world', 'make_world', 'open_data', 'report_on_signal', 'run_thread_ranks', 'stop_on_signals', 'text_folder', 'torch_version', 'train_sentencepiece']
 class GroupOptions:
     """
     What all groups of a world share.
@@ -700,6 +700,7 @@ class TrainConfig:
     exchange: str
     exchange_dtype: str
     layout: meshloom._plan.Layout
+    memory_check: str
     model: ModelSection
     nan_policy: str
     offload: OffloadSection
@@ -913,6 +914,43 @@ class StepMetrics:
     @property
     def z_loss(self) -> float:
         ...
+class MemoryReport:
+    """
+    What a run is expected to take of its machines, in bytes.
+    """
+    def __str__(self) -> str:
+        ...
+    @property
+    def baseline(self) -> list[int]:
+        """
+        What processes held before anything was built, by world rank.
+        """
+    @property
+    def changes(self) -> list[meshloom._plan.MemoryChange]:
+        ...
+    @property
+    def fits(self) -> bool:
+        ...
+    @property
+    def fullest(self) -> meshloom._plan.MemoryForecast:
+        ...
+    @property
+    def has(self) -> int:
+        ...
+    @property
+    def limits(self) -> meshloom._plan.StepLimits:
+        ...
+    @property
+    def needed(self) -> int:
+        ...
+    @property
+    def setting(self) -> meshloom._plan.MemorySetting:
+        ...
+    @property
+    def stages(self) -> list[meshloom._plan.MemoryForecast]:
+        """
+        Forecasts of a rank of each stage.
+        """
 class Trainer:
     """
     Trains one model on one communicator. Every rank makes the same calls (collective).
@@ -967,6 +1005,11 @@ class Trainer:
     @property
     def last_plan(self) -> meshloom._plan.StepPlan:
         ...
+    @property
+    def memory(self) -> MemoryReport:
+        """
+        What the run was expected to take, before anything was built.
+        """
     @property
     def model_config(self) -> ModelConfig:
         ...

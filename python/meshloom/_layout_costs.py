@@ -11,7 +11,6 @@ from meshloom._model_sizes import ModelSizes
 from meshloom._plan import Cluster, CostModel, Workload
 
 _BACKWARD = 2.0  # of backward, in forwards: input gradients one, weight gradients one
-_MEETINGS = 4.0  # of a tensor or expert group: two a layer, in forward and in backward
 
 
 def reference_rate() -> float:
@@ -52,14 +51,8 @@ def recompute_scale(model: ModelSizes, recompute: str, lengths: Sequence[int]) -
 def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) -> Workload:
     """The model under a layout, as the simulator prices it.
 
-    The simulator divides bytes of parameters by tp and pp, and lets a step reduce gradients over
-    the axis and over the replicas of experts. Figures here are such that what it divides is what a
-    rank has: experts are divided by ep, not by tp, and meet their own replicas. ZeRO-2 scatters
-    gradients in every slot (four bytes a parameter: two in forward, two in backward, as the
-    simulator's gathers are), ZeRO-3 gathers parameters twice beside it.
-    Full recomputation repeats forward's traffic in backward, exchanges left out, selective gathers
-    the input of dense feed-forwards once more. A mixture of experts has half of a dense layer's
-    tensor traffic.
+    Bytes of parameters are the whole model's, experts apart; the simulator knows who holds what.
+    Full recomputation repeats forward's traffic in backward, exchanges left out.
     """
     result = Workload()
     result.layers = model.layers
@@ -68,45 +61,24 @@ def workload(model: ModelSizes, one: Candidate, base: Workload, scale: float) ->
     result.weight_gradient_share = base.weight_gradient_share / scale
     result.step_seconds = base.step_seconds
     element = model.element_bytes
-    full = one.recompute == "full"
     result.hidden_bytes = float(model.hidden * element)
-    if one.tp > 1:
-        result.hidden_bytes *= _tensor_factor(model, one.recompute)
     result.heads = model.heads // one.tp
     result.key_value_heads = max(model.key_value_heads // one.tp, 1)
     result.head_dim = model.head_dim
     result.element_bytes = model.element_bytes
     result.wire_bytes = model.element_bytes
-    saved = sum(model.saved_bytes(i, one.recompute, one.tp) for i in range(model.layers))
-    result.saved_bytes = saved / model.layers
+    result.mixture_share = sum(model.moe_layers) / model.layers
+    result.recompute = one.recompute
     result.dispatch_bytes = (
-        model.experts_per_token * model.hidden * element / one.tp
-        * sum(model.moe_layers) / model.layers * (1.5 if full else 1.0)
+        model.experts_per_token * model.hidden * element / one.tp * result.mixture_share
     )
-    dense, experts = _layout_memory.parameters_of_rank(model, one.layout, one.pipeline)
-    replicas = one.hdp // one.ep
-    axis = (one.hdp - 1) / one.hdp
-    # Elements that a rank sends once; tensor ranks hold the same experts.
-    moved = dense * axis + experts * (1.0 - 1.0 / (replicas * one.tp))
-    shards = one.tp * one.pp
-    gathered = moved / axis * shards if axis else 0.0
-    met = axis + ((replicas - 1) / replicas if one.ep > 1 else 0.0)
-    reduced = moved / met * shards if met else 0.0
-    result.parameter_bytes = gathered * element
-    result.gradient_bytes = reduced * _layout_memory.GRADIENT_BYTES if one.zero == 1 else 0.0
-    if one.zero == 2:
-        result.parameter_bytes = gathered * _layout_memory.GRADIENT_BYTES / 2
-    elif one.zero == 3:
-        result.parameter_bytes = gathered * (element + _layout_memory.GRADIENT_BYTES / 2)
+    experts = sum(model.layer_experts(i) for i in range(model.layers))
+    dense = model.parameters - experts
+    result.zero = one.zero
+    result.parameter_bytes, result.expert_parameter_bytes = dense * element, experts * element
+    gradient = _layout_memory.GRADIENT_BYTES
+    result.gradient_bytes, result.expert_gradient_bytes = dense * gradient, experts * gradient
     return result
-
-
-def _tensor_factor(model: ModelSizes, recompute: str) -> float:
-    """Tensor traffic of a step over that of dense layers that recompute nothing."""
-    again = {"none": 0.0, "selective": 1.0 / 8.0, "full": 0.5}[recompute]
-    dense = model.layers - sum(model.moe_layers)
-    mixtures = sum(model.moe_layers) * 0.5 * (1.5 if recompute == "full" else 1.0)
-    return (dense * (1.0 + again) + mixtures) / model.layers
 
 
 def _bandwidth(cluster: Cluster, span: int) -> float:
@@ -135,17 +107,35 @@ def least_seconds(
     stage_tokens = tokens / one.hdp * load.layers / one.pp
     traffic = 0.0
     if one.tp > 1:
-        moved = 2.0 * load.hidden_bytes * (one.tp - 1) / one.tp
-        traffic += _MEETINGS * stage_tokens * moved / _bandwidth(cluster, one.tp)
+        sublayers = 2.0 - load.mixture_share
+        calls = 3.0 * sublayers  # what products hide is left out
+        if one.recompute == "full":
+            calls += 2.0 * sublayers
+        elif one.recompute == "selective":
+            calls += 1.0 - load.mixture_share
+        moved = load.hidden_bytes * (one.tp - 1) / one.tp
+        traffic += calls * stage_tokens * moved / _bandwidth(cluster, one.tp)
     if one.ep > 1:
+        meetings = 6.0 if one.recompute == "full" else 4.0  # two a layer, forward and backward
         moved = load.dispatch_bytes * (one.ep - 1) / one.ep
-        traffic += _MEETINGS * stage_tokens * moved / _bandwidth(cluster, one.tp * one.ep)
+        traffic += meetings * stage_tokens * moved / _bandwidth(cluster, one.tp * one.ep)
     slots = -(-tokens // (one.hdp * capacity_tokens))
     if one.hdp > 1:
-        axis = (one.hdp - 1) / one.hdp / shards / _bandwidth(cluster, one.tp * one.hdp)
-        traffic += (load.parameter_bytes + load.gradient_bytes) * axis
-        if one.lockstep == "hdp":
-            traffic += 2.0 * slots * load.parameter_bytes * axis
+        holders = one.hdp / one.ep * one.tp
+
+        def moving(dense: float, experts: float) -> float:
+            own = dense / one.tp * (1 - 1 / one.hdp) + experts / one.ep * (1 - 1 / holders)
+            return own / one.pp / _bandwidth(cluster, one.tp * one.hdp)
+
+        parameters = moving(load.parameter_bytes, load.expert_parameter_bytes)
+        gradients = moving(load.gradient_bytes, load.expert_gradient_bytes)
+        if one.zero == 1:
+            traffic += parameters + gradients
+        else:  # micro-batches hide all but a layer's
+            layers = -(-load.layers // (one.pp * one.chunks))
+            in_slot = gradients + (2.0 * parameters if one.zero == 3 else 0.0)
+            traffic += slots * in_slot / layers
+            traffic += parameters if one.zero == 2 else 0.0
     bound = compute + traffic
     if one.pp == 1:
         return bound, bound

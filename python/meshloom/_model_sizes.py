@@ -1,7 +1,4 @@
-"""What a model's size means for one rank: parameters, states and saved activations, in bytes.
-
-The rules are those of `cost/device_memory.h`, layer by layer, under every axis of a layout.
-"""
+"""Sizes of a model, from its `config.json`: what time, traffic and memory depend on."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from meshloom import _plan
 from meshloom._errors import DataError, NotSupported
 
 # model_type -> (K/V heads, size of a head) where the file does not say; 0: what other sizes imply.
@@ -25,7 +23,6 @@ _FAMILIES = {
 }
 _MOE_FAMILIES = ("mixtral", "qwen3_moe")
 _WHERE = "[autotune.model]"
-_STATISTIC_BYTES = 4.0  # scales of norms, log-sum-exps and router scores are kept in fp32
 _ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -56,11 +53,6 @@ class ModelSizes:
     def element_bytes(self) -> int:
         """Of a parameter or an activation."""
         return _ELEMENT_BYTES[self.dtype]
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Of a parameter: two moments, and an fp32 master where parameters are narrower."""
-        return 8 if self.dtype == "float32" else 12
 
     @property
     def embedding(self) -> int:
@@ -113,21 +105,18 @@ class ModelSizes:
         """Parameters that selective recomputation multiplies a token with once more."""
         return sum(2 * self.hidden * self.chosen_intermediate(i) for i in range(self.layers))
 
-    def saved_bytes(self, layer: int, recompute: str, tp: int = 1) -> float:
-        """Of one token and layer from forward to backward, of all `tp` tensor ranks together."""
-        hidden, element = self.hidden, self.element_bytes
-        if recompute == "full":
-            return float(hidden * element)
-        queries = self.heads * self.head_dim
-        keys = max(self.key_value_heads, tp) * self.head_dim
-        norms = 2 * (hidden * element + _STATISTIC_BYTES)
-        attention = (hidden + 2 * queries + 2 * keys) * element + self.heads * _STATISTIC_BYTES
-        widths = 1 if recompute == "selective" else 3
-        choices = self.experts_per_token if self.moe_layers[layer] else 1
-        inner = choices * hidden + widths * self.chosen_intermediate(layer)
-        if self.moe_layers[layer]:
-            return norms + attention + (inner + hidden) * element + self.experts * _STATISTIC_BYTES
-        return norms + attention + inner * element
+    @functools.cached_property
+    def forecast_sizes(self) -> _plan.ModelSizes:
+        """The same for memory forecasts."""
+        result = _plan.ModelSizes()
+        result.hidden, result.vocabulary = self.hidden, self.vocabulary
+        result.heads, result.key_value_heads = self.heads, self.key_value_heads
+        result.head_dim, result.intermediate = self.head_dim, self.intermediate
+        result.moe_layers = list(self.moe_layers)
+        result.experts, result.experts_per_token = self.experts, self.experts_per_token
+        result.expert_intermediate = self.expert_intermediate
+        result.tied_embeddings = self.tied_embeddings
+        return result
 
 
 class _Fields:

@@ -5,7 +5,7 @@ Planning, verification and simulation; never loads LibTorch.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostFit', 'CostModel', 'CostRefiner', 'Instruction', 'Layout', 'Link', 'MemoryModel', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepPlan', 'StrategyRegistry', 'Unit', 'UnitTiming', 'Violation', 'Workload', 'check_memory', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'fit_cost', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'step_time', 'strategies', 'strategy_names', 'verify']
+__all__: list[str] = ['BalanceStrategy', 'Cluster', 'Coordinates', 'CostFit', 'CostModel', 'CostRefiner', 'Instruction', 'Layout', 'Link', 'MemoryChange', 'MemoryForecast', 'MemoryModel', 'MemorySetting', 'ModelSizes', 'PlacedUnit', 'PlanProblem', 'Prediction', 'Program', 'RankPlan', 'RankUnit', 'Rendezvous', 'SampleInfo', 'Schedule', 'SimulatedSpan', 'Simulation', 'Slot', 'StageAction', 'StepLimits', 'StepPlan', 'StrategyRegistry', 'Unit', 'UnitTiming', 'Violation', 'Workload', 'check_memory', 'check_plan', 'check_programs', 'check_schedule', 'chunk_range', 'compile', 'compile_rank', 'fit_cost', 'forecast_memory', 'into_slots', 'lower_bound', 'make_plan', 'make_schedule', 'member_ranges', 'memory_changes', 'parse_exchange', 'parse_lockstep', 'register_strategy', 'schedule_names', 'simulate', 'step_time', 'strategies', 'strategy_names', 'verify']
 class Coordinates:
     """
     Where a world rank sits.
@@ -749,6 +749,206 @@ class Violation:
     @property
     def message(self) -> str:
         ...
+class ModelSizes:
+    """
+    Sizes of a decoder model, as far as memory depends on them.
+    """
+    __hash__: typing.ClassVar[None] = None
+    correction_bias: bool
+    mlp_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    qkv_bias: bool
+    tied_embeddings: bool
+    def __eq__(self, arg0: ModelSizes) -> bool:
+        ...
+    def __init__(self) -> None:
+        ...
+    @property
+    def expert_intermediate(self) -> int:
+        ...
+    @expert_intermediate.setter
+    def expert_intermediate(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def experts(self) -> int:
+        ...
+    @experts.setter
+    def experts(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def experts_per_token(self) -> int:
+        ...
+    @experts_per_token.setter
+    def experts_per_token(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def head_dim(self) -> int:
+        """
+        Of queries and keys.
+        """
+    @head_dim.setter
+    def head_dim(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def heads(self) -> int:
+        ...
+    @heads.setter
+    def heads(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def hidden(self) -> int:
+        ...
+    @hidden.setter
+    def hidden(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def intermediate(self) -> int:
+        ...
+    @intermediate.setter
+    def intermediate(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def key_value_heads(self) -> int:
+        ...
+    @key_value_heads.setter
+    def key_value_heads(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def kv_lora_rank(self) -> int:
+        ...
+    @kv_lora_rank.setter
+    def kv_lora_rank(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def moe_layers(self) -> list[bool]:
+        """
+        A copy; assign a list to change it.
+        """
+    @moe_layers.setter
+    def moe_layers(self, arg0: collections.abc.Sequence[bool]) -> None:
+        ...
+    @property
+    def parameter_count(self) -> int:
+        ...
+    @property
+    def q_lora_rank(self) -> int:
+        ...
+    @q_lora_rank.setter
+    def q_lora_rank(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def rope_dim(self) -> int:
+        """
+        0: head_dim.
+        """
+    @rope_dim.setter
+    def rope_dim(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def shared_intermediate(self) -> int:
+        ...
+    @shared_intermediate.setter
+    def shared_intermediate(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def value_dim(self) -> int:
+        """
+        0: head_dim.
+        """
+    @value_dim.setter
+    def value_dim(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def vocabulary(self) -> int:
+        ...
+    @vocabulary.setter
+    def vocabulary(self, arg0: typing.SupportsInt) -> None:
+        ...
+class MemorySetting:
+    """
+    Everything a rank's memory depends on, beside the step it runs.
+    """
+    layout: Layout
+    model: ModelSizes
+    recompute: str
+    schedule: str
+    def __init__(self) -> None:
+        ...
+    @property
+    def element_bytes(self) -> int:
+        ...
+    @element_bytes.setter
+    def element_bytes(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def split(self) -> list[int]:
+        """
+        A copy; assign a list to change it.
+        """
+    @split.setter
+    def split(self, arg0: collections.abc.Sequence[typing.SupportsInt]) -> None:
+        ...
+    @property
+    def zero(self) -> int:
+        ...
+    @zero.setter
+    def zero(self, arg0: typing.SupportsInt) -> None:
+        ...
+class StepLimits:
+    """
+    What bounds the steps of a run, in tokens.
+    """
+    def __init__(self, *, capacity: typing.SupportsInt, global_batch: typing.SupportsInt, longest_document: typing.SupportsInt = 1) -> None:
+        ...
+    @property
+    def capacity(self) -> int:
+        ...
+    @capacity.setter
+    def capacity(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def global_batch(self) -> int:
+        ...
+    @global_batch.setter
+    def global_batch(self, arg0: typing.SupportsInt) -> None:
+        ...
+    @property
+    def longest_document(self) -> int:
+        ...
+    @longest_document.setter
+    def longest_document(self, arg0: typing.SupportsInt) -> None:
+        ...
+class MemoryForecast:
+    """
+    What a rank holds when it holds most, in bytes of tensors.
+    """
+    @property
+    def parts(self) -> dict[str, int]:
+        ...
+    @property
+    def rank(self) -> int:
+        ...
+    @property
+    def states(self) -> int:
+        """
+        Parameters, gradients, masters and moments.
+        """
+    @property
+    def total(self) -> int:
+        ...
+class MemoryChange:
+    """
+    One way to hold less.
+    """
+    @property
+    def bytes(self) -> int:
+        """
+        Of the fullest rank then.
+        """
+    @property
+    def setting(self) -> str:
+        ...
 class Link:
     """
     b bytes take latency + b / bandwidth (seconds, bytes/second).
@@ -835,6 +1035,14 @@ class Cluster:
     def nodes(self, arg0: typing.SupportsInt) -> None:
         ...
     @property
+    def overlap(self) -> float:
+        """
+        Part of transfers that computation hides where there is some.
+        """
+    @overlap.setter
+    def overlap(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
     def ranks_per_node(self) -> int:
         ...
     @ranks_per_node.setter
@@ -880,6 +1088,26 @@ class Workload:
     def element_bytes(self, arg1: typing.SupportsInt) -> None:
         ...
     @property
+    def expert_gradient_bytes(self) -> float:
+        ...
+    @expert_gradient_bytes.setter
+    def expert_gradient_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def expert_parameter_bytes(self) -> float:
+        ...
+    @expert_parameter_bytes.setter
+    def expert_parameter_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def expert_share(self) -> float:
+        """
+        Part of the linear work that goes where tokens are dispatched to.
+        """
+    @expert_share.setter
+    def expert_share(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
     def forward_share(self) -> float:
         ...
     @forward_share.setter
@@ -922,10 +1150,26 @@ class Workload:
     def layers(self, arg0: typing.SupportsInt) -> None:
         ...
     @property
+    def mixture_share(self) -> float:
+        """
+        Of the layers.
+        """
+    @mixture_share.setter
+    def mixture_share(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
     def parameter_bytes(self) -> float:
         ...
     @parameter_bytes.setter
     def parameter_bytes(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def recompute(self) -> str:
+        """
+        Traffic of forward that backward repeats; what it computes is the cost's.
+        """
+    @recompute.setter
+    def recompute(self, arg0: str) -> None:
         ...
     @property
     def saved_bytes(self) -> float:
@@ -938,6 +1182,14 @@ class Workload:
         ...
     @seconds_per_work.setter
     def seconds_per_work(self, arg0: typing.SupportsFloat) -> None:
+        ...
+    @property
+    def stage_shares(self) -> list[float]:
+        """
+        Of the computation; empty: even. A copy; assign a list to change it.
+        """
+    @stage_shares.setter
+    def stage_shares(self, arg0: collections.abc.Sequence[typing.SupportsFloat]) -> None:
         ...
     @property
     def statistic_bytes(self) -> int:
@@ -968,6 +1220,14 @@ class Workload:
         ...
     @wire_bytes.setter
     def wire_bytes(self, arg1: typing.SupportsInt) -> None:
+        ...
+    @property
+    def zero(self) -> int:
+        """
+        Of plans in lockstep over the HDP axis.
+        """
+    @zero.setter
+    def zero(self, arg0: typing.SupportsInt) -> None:
         ...
 class SimulatedSpan:
     """
@@ -1074,6 +1334,16 @@ def fit_cost(timings: collections.abc.Sequence[UnitTiming]) -> CostFit:
     """
     Least squares on relative errors; coefficients not negative, outliers weighted down.
     """
+@typing.overload
+def forecast_memory(setting: MemorySetting, limits: StepLimits) -> list[MemoryForecast]:
+    """
+    Of the first rank of every pipeline stage, in the fullest step of these limits.
+    """
+@typing.overload
+def forecast_memory(setting: MemorySetting, plan: StepPlan, program: Program) -> MemoryForecast:
+    """
+    Of the rank whose program it is.
+    """
 def into_slots(units: collections.abc.Sequence[Unit], hdp: typing.SupportsInt) -> list[Slot]:
     """
     Units in order -> slots.
@@ -1097,6 +1367,10 @@ def make_schedule(name: str, layout: Layout, slots: typing.SupportsInt) -> Sched
 def member_ranges(tokens: typing.SupportsInt, degree: typing.SupportsInt, index: typing.SupportsInt) -> tuple[tuple[int, int], tuple[int, int]]:
     """
     The two token ranges that one member of a unit holds of a document.
+    """
+def memory_changes(setting: MemorySetting, limits: StepLimits, most_bytes: typing.SupportsInt) -> list[MemoryChange]:
+    """
+    Settings with which the fullest rank holds at most `most_bytes`, or least.
     """
 def parse_exchange(name: str) -> typing.Any:
     """

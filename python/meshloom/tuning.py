@@ -42,7 +42,8 @@ class TunedLayout:
     exposed: float
     """Mean communication of a rank that is not hidden, as a part of the step."""
     state_bytes: float
-    """Parameters, gradients and optimizer state of the fullest rank."""
+    """Of the fullest rank: parameters, gradients, optimizer state, and what else does not grow with
+    tokens."""
     activation_bytes: float
     """The most that a rank keeps for backward in any of the drawn steps."""
 
@@ -91,8 +92,7 @@ class Tuning:
 class _Fitting:
     candidate: Candidate
     capacity_tokens: int
-    states: float
-    again: float
+    stages: Sequence[_layout_memory.StageMemory]
     cost: CostModel
     workload: Workload
     bound: float
@@ -343,8 +343,7 @@ def _fit(
             _Fitting(
                 candidate=one,
                 capacity_tokens=capacity,
-                states=max(stage.states for stage in stages),
-                again=_layout_memory.recomputed_bytes(setting.model, one.tp, one.recompute),
+                stages=stages,
                 cost=costs[one.recompute],
                 workload=load,
                 bound=sum(bound for bound, _ in times) / len(times),
@@ -357,7 +356,7 @@ def _fit(
 def _simulate(setting: _Setting, one: _Fitting) -> TunedLayout:
     """Plans the drawn steps and runs their programs on the cost model."""
     candidate = one.candidate
-    seconds = bubble = exposed = most = 0.0
+    seconds = bubble = exposed = tokens_held = 0.0
     for step, batch in enumerate(setting.batches):
         problem = PlanProblem()
         problem.step = step
@@ -372,7 +371,8 @@ def _simulate(setting: _Setting, one: _Fitting) -> TunedLayout:
         seconds += result.step_time
         bubble += result.bubble * result.step_time
         exposed += sum(result.exposed) / len(result.exposed)
-        most = max(most, max(result.peak_memory) + one.again * _most_tokens(plan))
+        tokens_held = max(tokens_held, _most_tokens(plan))
+    fullest = max(one.stages, key=lambda stage: stage.states + tokens_held * stage.token)
     steps = len(setting.batches)
     tokens = sum(sample.tokens for batch in setting.batches for sample in batch)
     return TunedLayout(
@@ -380,7 +380,7 @@ def _simulate(setting: _Setting, one: _Fitting) -> TunedLayout:
         recompute=candidate.recompute, capacity_tokens=one.capacity_tokens,
         step_seconds=seconds / steps, tokens_per_second=tokens / seconds if seconds else 0.0,
         bubble=bubble / seconds if seconds else 0.0, exposed=exposed / seconds if seconds else 0.0,
-        state_bytes=one.states, activation_bytes=most,
+        state_bytes=fullest.states, activation_bytes=tokens_held * fullest.token,
     )
 
 

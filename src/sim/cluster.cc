@@ -106,6 +106,7 @@ Cluster Cluster::from_yaml(const std::string& text, const std::string& name, con
   reader.read("node_bandwidth", cluster.node_bandwidth);
   reader.read_link("host", cluster.host);
   reader.read("loader_seconds", cluster.loader_seconds);
+  reader.read("overlap", cluster.overlap);
   YAML::Node workload;
   reader.read("workload", workload);
   reader.finish();
@@ -117,6 +118,7 @@ Cluster Cluster::from_yaml(const std::string& text, const std::string& name, con
     reader.need(rank >= 0 && rate > 0.0, "slow_ranks", "expected ranks and rates > 0");
   }
   reader.need(cluster.loader_seconds >= 0.0, "loader_seconds", "expected >= 0");
+  reader.need(cluster.overlap >= 0.0 && cluster.overlap <= 1.0, "overlap", "expected 0 .. 1");
   return cluster;
 }
 
@@ -146,10 +148,26 @@ Workload Workload::from_yaml(const std::string& text, const std::string& name,
   amount("saved_bytes", workload.saved_bytes);
   amount("parameter_bytes", workload.parameter_bytes);
   amount("gradient_bytes", workload.gradient_bytes);
+  amount("expert_parameter_bytes", workload.expert_parameter_bytes);
+  amount("expert_gradient_bytes", workload.expert_gradient_bytes);
+  reader.read("zero", workload.zero);
+  amount("mixture_share", workload.mixture_share);
+  reader.read("recompute", workload.recompute);
   amount("dispatch_bytes", workload.dispatch_bytes);
+  amount("expert_share", workload.expert_share);
+  reader.read("stage_shares", workload.stage_shares);
   amount("step_seconds", workload.step_seconds);
   reader.finish();
   reader.need(workload.layers >= 1, "layers", "expected at least 1");
+  reader.need(workload.zero >= 1 && workload.zero <= 3, "zero", "expected 1, 2 or 3");
+  reader.need(workload.expert_share <= 1.0, "expert_share", "expected at most 1");
+  reader.need(workload.mixture_share <= 1.0, "mixture_share", "expected at most 1");
+  reader.need(workload.recompute == "none" || workload.recompute == "selective" ||
+                  workload.recompute == "full",
+              "recompute", "expected none, selective or full");
+  for (const double share : workload.stage_shares) {
+    reader.need(share >= 0.0, "stage_shares", "expected parts >= 0");
+  }
   try {
     attention.validate();
   } catch (const InvalidArgument& error) {

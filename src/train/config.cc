@@ -82,6 +82,7 @@ std::optional<detail::ConfigIssue> detail::find_issue(const TrainConfig& c) {
   } catch (const Error& error) {
     check.add("exchange", error.what());
   }
+  check.one_of("memory_check", c.memory_check, {"auto", "warn", "refuse"});
   check.one_of("exchange_dtype", c.exchange_dtype, {"same", "float32", "bfloat16"});
   if (c.cost) {
     try {

@@ -119,6 +119,7 @@ void fields(auto& visit, Is<TrainConfig> auto& config) {
   visit("strategy", config.strategy);
   visit("exchange", config.exchange);
   visit("exchange_dtype", config.exchange_dtype);
+  visit("memory_check", config.memory_check);
   visit("cost", config.cost);
   visit("aux_loss_coefficient", config.aux_loss_coefficient);
   visit("aux_loss", config.aux_loss);

@@ -118,8 +118,8 @@ std::string set_aside(const std::string& folder) {
        entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     if (name == "metrics.jsonl" || name == "ranks.jsonl" || name == "notices.jsonl" ||
-        name == "timeline.json" || name == "traffic.json" || name == "flight" ||
-        name == "config.yaml" || name == "plans" || name == "checkpoints" ||
+        name == "timeline.json" || name == "traffic.json" || name == "memory.json" ||
+        name == "flight" || name == "config.yaml" || name == "plans" || name == "checkpoints" ||
         name.starts_with("events.out.tfevents")) {
       old.push_back(entry->path());
     }
@@ -155,6 +155,8 @@ void RunRecords::notice(std::int64_t step, const std::string& text) {
 }
 
 void RunRecords::traffic(const std::string& json) { replace_file(folder_ + "/traffic.json", json); }
+
+void RunRecords::memory(const std::string& json) { replace_file(folder_ + "/memory.json", json); }
 
 void RunRecords::config(const std::string& yaml) { replace_file(folder_ + "/config.yaml", yaml); }
 

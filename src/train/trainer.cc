@@ -49,6 +49,7 @@ std::int64_t Trainer::next_step() const { return impl_->next_step_; }
 bool Trainer::finished() const { return impl_->next_step_ >= impl_->config_.steps; }
 const std::string& Trainer::resumed_from() const { return impl_->resumed_from_; }
 const std::vector<std::string>& Trainer::notices() const { return impl_->notices_; }
+const MemoryReport& Trainer::memory() const { return impl_->memory_; }
 const plan::StepPlan& Trainer::last_plan() const { return impl_->last_plan_; }
 
 StepMetrics Trainer::step() {
@@ -172,6 +173,16 @@ void Trainer::Impl::write_traffic() {
   on_rank_0("train.records", [&] { records_->traffic(text); });
 }
 
+void Trainer::Impl::write_memory() {
+  std::vector<double> peaks;
+  const auto own = static_cast<double>(detail::measured_peak(device_, own_memory_));
+  for (const std::vector<double>& rank : detail::gather_numbers(world_, {own})) {
+    peaks.push_back(rank[0]);
+  }
+  on_rank_0("train.records",
+            [&] { records_->memory(detail::memory_json(memory_, config_.layout, peaks)); });
+}
+
 void Trainer::Impl::write_timeline() {
   if (config_.timeline_steps == 0) return;
   const std::vector<std::string> tracks =
@@ -213,6 +224,8 @@ void Trainer::Impl::begin_run() {
 }
 
 void Trainer::Impl::end_run() {
+  place("records");
+  write_memory();  // what follows gathers states that training does not
   if (trained_ && saved_step_ != next_step_) save_checkpoint();
   place("records");
   write_traffic();
@@ -246,6 +259,7 @@ std::optional<StepMetrics> Trainer::Impl::advance() {
     save_checkpoint();
     place("records");
     write_traffic();
+    write_memory();
     write_timeline();
   }
   return metrics;

@@ -112,6 +112,7 @@ Trainer::Impl::Impl(const TrainConfig& config, const model::ModelConfig& model,
       failure = detail::current_failure();
     }
     agree(kStateWhere, failure);
+    forecast_memory();
     groups_.emplace(world_, placement_);
     try {
       build(std::move(strategy));
@@ -153,6 +154,17 @@ void Trainer::Impl::resolve() {
   at::set_num_threads(config_.threads);
   device_ = detail::parse_device(config_.device, hosts_.local_rank);
   watch_experts();
+}
+
+void Trainer::Impl::forecast_memory() {
+  detail::MemoryOutlook outlook =
+      detail::report_memory(world_, hosts_, placement_, config_, device_);
+  memory_ = std::move(outlook.report);
+  own_memory_ = outlook.own;
+  agreed_ = true;  // all ranks see the same report
+  detail::check_memory(memory_, config_.memory_check);
+  agreed_ = false;
+  if (!memory_.fits()) notices_.push_back(memory_.text());
 }
 
 void Trainer::Impl::build(std::shared_ptr<plan::BalanceStrategy> strategy) {

@@ -329,7 +329,7 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
   sum[4] = static_cast<double>(metrics.exchange_bytes);
   std::copy(busy.begin(), busy.end(), sum + kSums);
 
-  constexpr std::size_t kPeaks = 4;
+  constexpr std::size_t kPeaks = 5;
   at::Tensor peaks = at::empty({static_cast<std::int64_t>(kPeaks + units)}, at::kDouble);
   double* peak = peaks.mutable_data_ptr<double>();
   const double minutes = seconds_between(saved_at_, Clock::now()) / 60.0;
@@ -339,6 +339,7 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
   peak[1] = detail::stop_request_count() != stop_generation_ ? 1.0 : 0.0;
   peak[2] = due ? 1.0 : 0.0;
   peak[3] = seconds_between(begin, Clock::now());
+  peak[4] = static_cast<double>(detail::measured_peak(device_, own_memory_));
   for (std::size_t i = 0; i < units; ++i) peak[kPeaks + i] = mine[i] ? -wait[i] : kNever;
 
   const at::Device control(world_.backend() == "nccl" ? device_ : at::Device(at::kCPU));
@@ -363,6 +364,7 @@ void Trainer::Impl::reduce_metrics(const parallel::StepOutcome& outcome, Clock::
   }
   metrics.measured_efficiency = peak[0] > 0.0 ? sum[3] / world_.size() / peak[0] : 0.0;
   metrics.seconds = peak[3];
+  metrics.extra["peak_memory"] = peak[4];
   metrics.tokens_per_second =
       metrics.seconds > 0.0 ? static_cast<double>(metrics.tokens) / metrics.seconds : 0.0;
   stop_ = stop_ || peak[1] > 0.0;

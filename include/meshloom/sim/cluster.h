@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "meshloom/core/export.h"
 #include "meshloom/plan/exchange_traffic.h"
@@ -32,6 +33,9 @@ struct MESHLOOM_API Cluster {
   double node_bandwidth = 0.0;
   Link host{.bandwidth = 25e9, .latency = 10e-6};  ///< device to host memory, per rank
   double loader_seconds = 0.0;                     ///< of one kLoad that a rank has to wait for
+  /// Part of a transfer between ranks that goes on behind computation where there is some; the rest
+  /// takes computation's place, as where the same processors move bytes and compute.
+  double overlap = 1.0;
 
   /// A mapping with these fields over those of `base`; links are {bandwidth: , latency: }. A
   /// `workload` mapping beside them is `Workload::from_yaml`'s.
@@ -72,12 +76,25 @@ struct MESHLOOM_API Workload {
                                 .element_bytes = 2,
                                 .wire_bytes = 2,
                                 .statistic_bytes = 4};
-  double hidden_bytes = 8192.0;   ///< of one token between stages
-  double saved_bytes = 65536.0;   ///< of one token and layer, kept from forward to backward
-  double parameter_bytes = 14e9;  ///< of the whole model as gathered
-  double gradient_bytes = 28e9;   ///< of the whole model as reduced
-  double dispatch_bytes = 0.0;    ///< of one token, layer and direction to other experts' ranks
-  double step_seconds = 0.0;      ///< optimizer update
+  double hidden_bytes = 8192.0;         ///< of one token between stages
+  double saved_bytes = 65536.0;         ///< of one token and layer, kept from forward to backward
+  double parameter_bytes = 14e9;        ///< of the whole model as gathered, but for routed experts
+  double gradient_bytes = 28e9;         ///< of the whole model as reduced, but for routed experts
+  double expert_parameter_bytes = 0.0;  ///< of all routed experts
+  double expert_gradient_bytes = 0.0;
+  /// What ranks shard where the plan is in lockstep over the HDP axis: 2 gradients, 3 parameters,
+  /// too.
+  int zero = 3;
+  double mixture_share = 0.0;  ///< of the layers: mixtures of experts
+  std::string recompute =
+      "none";                   ///< traffic of forward that backward repeats: none, selective, full
+  double dispatch_bytes = 0.0;  ///< of one token, layer and direction to other experts' ranks
+  /// Part of the work that is linear in tokens which goes where tokens are dispatched to, evenly
+  /// over an expert-parallel group.
+  double expert_share = 0.0;
+  /// Part of the computation that each pipeline stage has; empty: even.
+  std::vector<double> stage_shares{};
+  double step_seconds = 0.0;  ///< optimizer update, and what a step does beside its instructions
 
   /// The `workload` mapping of a cluster file over the fields of `base`; `base` where there is
   /// none.

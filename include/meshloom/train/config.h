@@ -123,6 +123,9 @@ struct MESHLOOM_API TrainConfig {
   /// How far correction biases of routers move a step; negative: 0.001 where the model has them.
   double bias_update_speed = -1.0;
   double z_loss_coefficient = 0.0;
+  /// Where memory is predicted not to do: auto (refuse only what cannot fit whatever the data is),
+  /// warn, refuse.
+  std::string memory_check = "auto";
   double clip_norm = 1.0;           ///< 0: none
   std::string nan_policy = "stop";  ///< stop, skip
   std::int64_t evaluate_every = 0;  ///< steps; 0: never

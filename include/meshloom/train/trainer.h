@@ -15,6 +15,7 @@
 #include "meshloom/plan/program.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/train/config.h"
+#include "meshloom/train/memory_report.h"
 
 namespace meshloom::train {
 
@@ -103,6 +104,8 @@ class MESHLOOM_API Trainer {
   /// What a user should know and no error says: damaged checkpoints that were passed over, records
   /// moved aside, skipped steps. In order of time; equal on all ranks.
   [[nodiscard]] const std::vector<std::string>& notices() const;
+  /// What the run was expected to take of its machines before anything was built.
+  [[nodiscard]] const MemoryReport& memory() const;
   /// The plan of the last `step`.
   [[nodiscard]] const plan::StepPlan& last_plan() const;
 

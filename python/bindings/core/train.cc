@@ -143,6 +143,7 @@ void bind_config(py::module_& module) {
       .def_readwrite("aux_loss_coefficient", &TrainConfig::aux_loss_coefficient)
       .def_readwrite("bias_update_speed", &TrainConfig::bias_update_speed)
       .def_readwrite("z_loss_coefficient", &TrainConfig::z_loss_coefficient)
+      .def_readwrite("memory_check", &TrainConfig::memory_check)
       .def_readwrite("clip_norm", &TrainConfig::clip_norm)
       .def_readwrite("nan_policy", &TrainConfig::nan_policy)
       .def_readwrite("evaluate_every", &TrainConfig::evaluate_every)
@@ -218,6 +219,23 @@ void bind_metrics(py::module_& module) {
       });
 }
 
+void bind_memory_report(py::module_& module) {
+  using train::MemoryReport;
+  py::class_<MemoryReport>(module, "MemoryReport",
+                           "What a run is expected to take of its machines, in bytes.")
+      .def_property_readonly("setting", [](const MemoryReport& self) { return self.setting; })
+      .def_property_readonly("limits", [](const MemoryReport& self) { return self.limits; })
+      .def_readonly("stages", &MemoryReport::stages, "Forecasts of a rank of each stage.")
+      .def_readonly("baseline", &MemoryReport::baseline,
+                    "What processes held before anything was built, by world rank.")
+      .def_property_readonly("needed", [](const MemoryReport& self) { return self.room.needed; })
+      .def_property_readonly("has", [](const MemoryReport& self) { return self.room.has; })
+      .def_property_readonly("fits", &MemoryReport::fits)
+      .def_property_readonly("fullest", &MemoryReport::fullest)
+      .def_readonly("changes", &MemoryReport::changes)
+      .def("__str__", &MemoryReport::text);
+}
+
 void bind_trainer(py::module_& module) {
   py::class_<Trainer, std::unique_ptr<Trainer, UnlockedDelete>>(
       module, "Trainer",
@@ -242,6 +260,8 @@ void bind_trainer(py::module_& module) {
       .def_property_readonly("resumed_from", &Trainer::resumed_from)
       .def_property_readonly("notices", &Trainer::notices,
                              "What a user should know and no error says, in order of time.")
+      .def_property_readonly("memory", &Trainer::memory,
+                             "What the run was expected to take, before anything was built.")
       .def_property_readonly("last_plan", &Trainer::last_plan)
       .def("step", &Trainer::step, Unlocked(), "One optimizer step, without records.")
       .def("advance", &Trainer::advance, Unlocked(),
@@ -335,6 +355,7 @@ void bind_train(py::module_& module) {
   bind_sections(module);
   bind_config(module);
   bind_metrics(module);
+  bind_memory_report(module);
   bind_trainer(module);
   bind_gradients(module);
 }

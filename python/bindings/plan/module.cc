@@ -15,5 +15,6 @@ PYBIND11_MODULE(_plan, module) {
   meshloom::bindings::bind_schedule(module);
   meshloom::bindings::bind_program(module);
   meshloom::bindings::bind_verifier(module);
+  meshloom::bindings::bind_memory(module);
   meshloom::bindings::bind_simulator(module);
 }

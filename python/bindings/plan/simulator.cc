@@ -42,6 +42,8 @@ void bind_cluster(py::module_& module) {
                      "Of all ranks of a node together to other nodes; 0: no limit but theirs.")
       .def_readwrite("host", &Cluster::host, "Device to host memory, per rank.")
       .def_readwrite("loader_seconds", &Cluster::loader_seconds)
+      .def_readwrite("overlap", &Cluster::overlap,
+                     "Part of transfers that computation hides where there is some.")
       .def_static("load", &Cluster::load, py::arg("path"))
       .def_static("from_yaml",
                   py::overload_cast<const std::string&, const std::string&, const Cluster&>(
@@ -79,7 +81,17 @@ void bind_cluster(py::module_& module) {
       .def_readwrite("saved_bytes", &Workload::saved_bytes)
       .def_readwrite("parameter_bytes", &Workload::parameter_bytes)
       .def_readwrite("gradient_bytes", &Workload::gradient_bytes)
+      .def_readwrite("expert_parameter_bytes", &Workload::expert_parameter_bytes)
+      .def_readwrite("expert_gradient_bytes", &Workload::expert_gradient_bytes)
+      .def_readwrite("zero", &Workload::zero, "Of plans in lockstep over the HDP axis.")
+      .def_readwrite("mixture_share", &Workload::mixture_share, "Of the layers.")
+      .def_readwrite("recompute", &Workload::recompute,
+                     "Traffic of forward that backward repeats; what it computes is the cost's.")
       .def_readwrite("dispatch_bytes", &Workload::dispatch_bytes)
+      .def_readwrite("expert_share", &Workload::expert_share,
+                     "Part of the linear work that goes where tokens are dispatched to.")
+      .def_readwrite("stage_shares", &Workload::stage_shares,
+                     "Of the computation; empty: even. A copy; assign a list to change it.")
       .def_readwrite("step_seconds", &Workload::step_seconds)
       .def_static("from_yaml", &Workload::from_yaml, py::arg("text"), py::arg("name") = "cluster",
                   py::arg_v("base", Workload{}, "Workload()"))

@@ -12,6 +12,7 @@ void bind_strategy(pybind11::module_& module);   ///< problems, strategies, thei
 void bind_program(pybind11::module_& module);    ///< instructions, programs, compile
 void bind_schedule(pybind11::module_& module);   ///< pipeline schedules as tables
 void bind_verifier(pybind11::module_& module);
+void bind_memory(pybind11::module_& module);     ///< memory forecasts
 void bind_simulator(pybind11::module_& module);  ///< clusters, workloads, simulations
 
 }  // namespace meshloom::bindings

@@ -37,7 +37,7 @@ def data(folder: Path) -> dict[str, Any]:
     return {
         "folder": folder.resolve().name,
         "config": _text(folder / "config.yaml"),
-        "figures": _figures(steps, entries, traffic, ranks),
+        "figures": [*_figures(steps, entries, traffic, ranks), *_memory(folder / "memory.json")],
         "curves": _curves(steps, ranks),
         "evaluations": [
             [entry["step"], entry["evaluation_loss"]] for entry in entries if "evaluation_loss" in entry
@@ -188,6 +188,17 @@ def _figures(
             ("waiting for offloaded activations", share("offload_exposed_seconds")),
         ]
     return figures
+
+
+def _memory(path: Path) -> list[tuple[str, str]]:
+    """The fullest rank's peak beside what was predicted for it."""
+    from meshloom.cli.progress import in_bytes
+
+    ranks = _object(path).get("ranks", [])
+    if not ranks:
+        return []
+    most = max(ranks, key=lambda rank: rank["measured"])
+    return [("memory of a rank: predicted, measured", f"{in_bytes(most['predicted'])}, {in_bytes(most['measured'])}")]
 
 
 def _kind_table(steps: Sequence[Entry]) -> list[list[Any]]:

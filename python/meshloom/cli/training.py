@@ -212,6 +212,7 @@ def _train(config: TrainConfig, world: Communicator) -> None:
             f" {resolved.capacity_tokens:,}, strategy {resolved.strategy}; run folder {resolved.run}",
             flush=True,
         )
+        print(trainer.memory, flush=True)
         if trainer.resumed_from:
             print(f"continuing from {trainer.resumed_from} at step {trainer.next_step}", flush=True)
     told = 0

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <unordered_map>
@@ -109,12 +110,30 @@ class Prices {
   [[nodiscard]] double member_tokens(const plan::Instruction& instruction) const;
   [[nodiscard]] double piece_layers() const;
   Price compute(int rank, const plan::Instruction& instruction, double share, bool exchanges);
+  /// Work of a rank's share of its slot, routed experts of its group included, without `fixed`.
+  [[nodiscard]] double work_of(int rank, const plan::Instruction& instruction) const;
+  [[nodiscard]] bool expert_parallel() const {
+    return plan_.layout.ep > 1 && workload_.expert_share > 0.0;
+  }
   void add_exchange(const plan::Instruction& instruction, Price& price);
   void add_meeting(int rank, const plan::Instruction& instruction,
                    const plan::Rendezvous& rendezvous, Price& price);
   void add_replicas(int rank, const plan::Instruction& instruction, Price& price);
-  void add_group(int rank, const plan::Rendezvous& rendezvous, double bytes, int calls,
-                 Price& price);
+  /// Rows of the stream to the other tensor ranks or back, `calls` times, `hidden` of them beside
+  /// products.
+  void add_rows(int rank, const plan::Instruction& instruction, const plan::Rendezvous& rendezvous,
+                double calls, double hidden, Price& price);
+  /// What ZeRO 2 and 3 move in a pass, layer by layer, one ahead of the computation.
+  void add_sharded(int rank, const plan::Instruction& instruction,
+                   const plan::Rendezvous& rendezvous, Price& price);
+  /// What a group moves: counted, and its seconds.
+  double add_group(int rank, const plan::Rendezvous& rendezvous, double bytes, double calls,
+                   Price& price);
+  /// Seconds of transfer beside `behind` seconds of computation that show.
+  [[nodiscard]] double shown(double transfer, double behind) const {
+    const double hidden = std::min(transfer, behind) * cluster_.overlap;
+    return transfer - hidden;
+  }
 
   const plan::StepPlan& plan_;
   const Cluster& cluster_;
@@ -122,7 +141,8 @@ class Prices {
   Groups groups_;
   double pieces_;  ///< of the model, over stages and chunks
   std::unordered_map<std::int64_t, std::int64_t> tokens_;
-  std::vector<std::vector<UnitFacts>> facts_;  ///< [slot][unit]
+  std::vector<std::vector<UnitFacts>> facts_;   ///< [slot][unit]
+  std::vector<std::vector<double>> tokens_of_;  ///< [slot][hdp]; of expert-parallel plans
 };
 
 }  // namespace meshloom::sim::detail

@@ -27,6 +27,7 @@ class RunRecords {
   void evaluation(std::int64_t step, double loss);
   void notice(std::int64_t step, const std::string& text);
   void traffic(const std::string& json);
+  void memory(const std::string& json);
 
  private:
   void line(const std::string& text);

@@ -25,6 +25,7 @@
 #include "meshloom/train/trainer.h"
 #include "train/internal/collective.h"
 #include "train/internal/expert_loads.h"
+#include "train/internal/memory_check.h"
 #include "train/internal/requests.h"
 #include "train/internal/run_lock.h"
 #include "train/internal/run_records.h"
@@ -67,6 +68,7 @@ class Trainer::Impl {
   std::string resumed_from_;
   std::vector<std::string> notices_;
   plan::StepPlan last_plan_;
+  MemoryReport memory_;
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -87,6 +89,7 @@ class Trainer::Impl {
 
   // Construction and state.
   void resolve();
+  void forecast_memory();
   void build(std::shared_ptr<plan::BalanceStrategy> strategy);
   void choose_exchanges();
   void resume();
@@ -129,6 +132,7 @@ class Trainer::Impl {
   void write_records(const StepMetrics& metrics);
   void write_timeline();
   void write_traffic();
+  void write_memory();
   /// Says in the flight recorder what the rank does outside of its program.
   void place(const char* what) {
     comm::Label label;
@@ -148,6 +152,7 @@ class Trainer::Impl {
   at::Device device_{at::kCPU};
   parallel::ModelPlacement placement_;  ///< the layout's; the state's experts may have moved
   plan::CompileOptions compile_;        ///< how plans become programs
+  detail::OwnMemory own_memory_;
   std::optional<parallel::Groups> groups_;
   std::vector<std::shared_ptr<model::Stage>> stages_;  ///< [chunk]
   std::unique_ptr<parallel::ModelState> state_;

@@ -234,6 +234,104 @@ TEST(Simulator, NamesWhoWaitsWhereProgramsCannotEnd) {
   }
 }
 
+TEST(Simulator, UnevenStagesTakeTheirShares) {
+  const auto plan = equal_slots(2, 1, 6);
+  const auto programs = plan::compile(plan, {.layers = 8});
+  auto workload = unit_workload(1.0 / 3.0);
+  workload.stage_shares = {0.25, 0.75};
+  const auto result = simulate(plan, programs, free_communication(), workload);
+  EXPECT_NEAR(result.busy[0], 6 * 6.0 * 0.25, kRounding);
+  EXPECT_NEAR(result.busy[1], 6 * 6.0 * 0.75, kRounding);
+  // The slow stage works through, behind one forward and before one backward of the other.
+  EXPECT_NEAR(result.step_time, 6 * 6.0 * 0.75 + 6.0 * 0.25, kRounding);
+}
+
+TEST(Simulator, ExpertsWorkGoesWhereTokensAreDispatchedTo) {
+  plan::PlanProblem problem;
+  problem.layout = {.hdp = 2, .ep = 2};
+  problem.capacity_tokens = 100;
+  problem.cost = {.quadratic = 0.0, .linear = 1.0, .fixed = 0.0, .exchange = 0.0};
+  problem.samples = {{.id = 0, .tokens = 90, .loss_tokens = 89},
+                     {.id = 1, .tokens = 30, .loss_tokens = 29}};
+  const auto plan = plan::make_plan(problem, "naive_hdp");
+  const auto programs = plan::compile(plan, {.layers = 8});
+  auto workload = unit_workload(1.0 / 3.0);
+  workload.expert_share = 0.5;
+  const auto result = simulate(plan, programs, free_communication(), workload);
+  const double most = std::max(result.busy[0], result.busy[1]);
+  EXPECT_NEAR(most, 0.5 * 90 + 0.5 * 60, kRounding);
+  EXPECT_NEAR(result.busy[0] + result.busy[1], 120.0, kRounding);
+  EXPECT_NEAR(result.step_time, most, kRounding);
+}
+
+/// One slot in lockstep over four ranks: what ZeRO 2 or 3 move, and what of it shows.
+Simulation sharded(int zero, double overlap, double bandwidth) {
+  plan::PlanProblem problem;
+  problem.layout.hdp = 4;
+  problem.lockstep = plan::Lockstep::kHdp;
+  problem.capacity_tokens = 10;
+  problem.cost = {.quadratic = 0.0, .linear = 1.0, .fixed = 0.0, .exchange = 0.0};
+  for (int i = 0; i < 4; ++i) problem.samples.push_back({.id = i, .tokens = 9, .loss_tokens = 8});
+  const auto plan = plan::make_plan(problem, "naive_hdp");
+  auto cluster = free_communication();
+  cluster.inside.bandwidth = bandwidth;
+  cluster.overlap = overlap;
+  auto workload = unit_workload(1.0 / 3.0);
+  workload.parameter_bytes = 800.0;
+  workload.gradient_bytes = 1600.0;
+  workload.zero = zero;
+  return simulate(plan, plan::compile(plan, {.layers = 8}), cluster, workload);
+}
+
+TEST(Simulator, ShardedStatesTravelBesideLayers) {
+  const double parameters = 800.0 * 3 / 4;
+  const double gradients = 1600.0 * 3 / 4;
+  constexpr double kBandwidth = 1000.0;  // a pass moves less than it computes
+  EXPECT_NEAR(sharded(2, 1.0, kBandwidth).bytes_inside, 4 * (gradients + parameters), kRounding);
+  EXPECT_NEAR(sharded(3, 1.0, kBandwidth).bytes_inside, 4 * (gradients + 2 * parameters),
+              kRounding);
+  // Of eight layers one has nothing to hide behind; nothing hides where nothing overlaps.
+  EXPECT_NEAR(sharded(3, 1.0, kBandwidth).exposed[0], (gradients + 2 * parameters) / kBandwidth / 8,
+              kRounding);
+  EXPECT_NEAR(sharded(3, 0.0, kBandwidth).exposed[0], (gradients + 2 * parameters) / kBandwidth,
+              kRounding);
+  // ZeRO 2 gathers updated parameters at the end.
+  EXPECT_NEAR(sharded(2, 1.0, kBandwidth).exposed[0],
+              gradients / kBandwidth / 8 + parameters / kBandwidth, kRounding);
+}
+
+TEST(Simulator, GradientsMeetThoseWhoHoldThem) {
+  for (const int ep : {1, 2, 4}) {
+    plan::PlanProblem problem;
+    problem.layout = {.hdp = 4, .ep = ep};
+    problem.capacity_tokens = 10;
+    problem.samples = {{.id = 0, .tokens = 9, .loss_tokens = 8}};
+    const auto plan = plan::make_plan(problem, "naive_hdp");
+    auto workload = unit_workload(1.0 / 3.0);
+    workload.gradient_bytes = 400.0;
+    workload.expert_gradient_bytes = 3200.0;
+    workload.parameter_bytes = 0.0;
+    const auto result =
+        simulate(plan, plan::compile(plan, {.layers = 8}), free_communication(), workload);
+    const double replicas = 4.0 / ep;
+    const double own = 400.0 * 3 / 4 + 3200.0 / ep * (replicas - 1) / replicas;
+    EXPECT_NEAR(result.bytes_inside, 4 * own, kRounding) << ep;
+  }
+}
+
+TEST(Simulator, RowsOfTensorRanksAreThoseOfTheClosedForms) {
+  plan::PlanProblem problem;
+  problem.layout.tp = 2;
+  problem.capacity_tokens = 100;
+  problem.samples = {{.id = 0, .tokens = 100, .loss_tokens = 99}};
+  const auto plan = plan::make_plan(problem, "naive_hdp");
+  auto workload = unit_workload(1.0 / 3.0);
+  workload.hidden_bytes = 10.0;
+  const auto result =
+      simulate(plan, plan::compile(plan, {.layers = 8}), free_communication(), workload);
+  EXPECT_NEAR(result.bytes_inside, 2 * (100 / 2) * 10.0 * (8 * 10 + 4), kRounding);
+}
+
 TEST(Cluster, YamlIsReadStrictly) {
   const auto cluster = Cluster::from_yaml(
       "ranks_per_node: 4\ninside: {bandwidth: 3.0e11, latency: 2.0e-6}\n", "c.yaml");
@@ -241,7 +339,7 @@ TEST(Cluster, YamlIsReadStrictly) {
   EXPECT_EQ(cluster.inside.bandwidth, 3e11);
   for (const char* bad : {"racks: 3", "inside: {bandwidth: fast}", "inside: 3", "[1]", "a: [",
                           "inside: {bandwidth: 0, latency: 0}", "ranks_per_node: 0",
-                          "slow_ranks: {3: 0}", "compute_rate: .nan", "nodes: -1"}) {
+                          "slow_ranks: {3: 0}", "compute_rate: .nan", "nodes: -1", "overlap: 2"}) {
     EXPECT_THROW((void)Cluster::from_yaml(bad, "c.yaml"), DataError) << bad;
   }
 }
@@ -253,8 +351,10 @@ TEST(Workload, YamlOverridesFields) {
   EXPECT_EQ(workload.layers, 12);
   EXPECT_EQ(workload.dispatch_bytes, 64.0);
   EXPECT_EQ(workload.hidden_bytes, Workload::llama_7b().hidden_bytes);
-  for (const char* bad : {"workload: {layer: 3}", "workload: {layers: 0}", "workload: 3",
-                          "workload: {seconds_per_work: 0}", "workload: {forward_share: 0.9}"}) {
+  for (const char* bad :
+       {"workload: {layer: 3}", "workload: {layers: 0}", "workload: 3",
+        "workload: {seconds_per_work: 0}", "workload: {forward_share: 0.9}", "workload: {zero: 4}",
+        "workload: {recompute: some}", "workload: {expert_share: 2}"}) {
     EXPECT_THROW((void)Workload::from_yaml(bad, "c.yaml", Workload{}), DataError) << bad;
   }
 }
