@@ -1,14 +1,12 @@
 // The sweep of layouts_test.cc with processes as ranks, under mpirun.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/full.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <optional>
 #include <string>
 
 #include "layout_sweep.h"
-#include "meshloom/comm/backends.h"
+#include "mpi_main.h"
 
 namespace meshloom::parallel::sweep {
 namespace {
@@ -58,19 +56,6 @@ TEST(LayoutsMpi, BalanceAndZLossesEqualOneRank) {
 }  // namespace
 }  // namespace meshloom::parallel::sweep
 
-// Every rank runs every test in the same order; one failed rank fails the program on all.
 int main(int argc, char** argv) {
-  namespace comm = meshloom::comm;
-  auto& world = meshloom::parallel::sweep::mpi_world;
-  ::testing::InitGoogleTest(&argc, argv);
-  world.emplace(comm::make_mpi_world({.timeout = std::chrono::seconds(60)}));
-  if (world->rank() != 0) {
-    auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
-    delete listeners.Release(listeners.default_result_printer());
-  }
-  auto result = at::full({1}, RUN_ALL_TESTS() == 0 ? 0 : 1, at::kInt);
-  world->all_reduce_(result, comm::ReduceOp::kMax).wait();
-  const int code = result[0].item<int>();
-  world.reset();
-  return code;
+  return meshloom::parallel::run_mpi_tests(argc, argv, meshloom::parallel::sweep::mpi_world);
 }

@@ -15,9 +15,9 @@
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
 #include "meshloom/model/pretrained.h"
-#include "meshloom/model/safetensors.h"
 #include "meshloom/train/gradients.h"
 #include "meshloom/train/trainer.h"
+#include "model_difference.h"
 #include "tiny_run.h"
 #include "unit/temporary_folder.h"
 
@@ -94,18 +94,6 @@ void expect_alike(const std::vector<StepMetrics>& given, const std::vector<StepM
     EXPECT_EQ(given[i].extra.at("expert_imbalance"), expected[i].extra.at("expert_imbalance"))
         << what << ": counts are whole numbers";
   }
-}
-
-double largest_difference(const std::string& a, const std::string& b) {
-  const model::SafetensorsFile left(a + "/model.safetensors");
-  const model::SafetensorsFile right(b + "/model.safetensors");
-  EXPECT_EQ(left.tensors().size(), right.tensors().size());
-  double worst = 0.0;
-  for (const auto& info : left.tensors()) {
-    worst = std::max(
-        worst, left.tensor(info.name).sub(right.tensor(info.name)).abs().max().item<double>());
-  }
-  return worst;
 }
 
 TEST(ExpertParallelGradients, EqualOneProcess) {

@@ -15,8 +15,8 @@
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
 #include "meshloom/model/pretrained.h"
-#include "meshloom/model/safetensors.h"
 #include "meshloom/train/trainer.h"
+#include "model_difference.h"
 #include "tiny_run.h"
 #include "train/internal/expert_loads.h"
 #include "unit/temporary_folder.h"
@@ -99,18 +99,6 @@ std::vector<StepMetrics> train(const TrainConfig& config, const model::ModelConf
     trainer.save_pretrained(saved);
   });
   return result;
-}
-
-double largest_difference(const std::string& a, const std::string& b) {
-  const model::SafetensorsFile left(a + "/model.safetensors");
-  const model::SafetensorsFile right(b + "/model.safetensors");
-  EXPECT_EQ(left.tensors().size(), right.tensors().size());
-  double worst = 0.0;
-  for (const auto& info : left.tensors()) {
-    worst = std::max(
-        worst, left.tensor(info.name).sub(right.tensor(info.name)).abs().max().item<double>());
-  }
-  return worst;
 }
 
 double moved_in(const std::vector<StepMetrics>& steps) {

@@ -11,9 +11,9 @@
 
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
-#include "meshloom/model/safetensors.h"
 #include "meshloom/plan/strategy.h"
 #include "meshloom/train/trainer.h"
+#include "model_difference.h"
 #include "tiny_run.h"
 #include "unit/temporary_folder.h"
 
@@ -96,18 +96,6 @@ void expect_alike(const std::vector<double>& given, const std::vector<double>& e
   }
 }
 
-double largest_difference(const std::string& a, const std::string& b) {
-  const model::SafetensorsFile left(a + "/checkpoint/model.safetensors");
-  const model::SafetensorsFile right(b + "/checkpoint/model.safetensors");
-  EXPECT_EQ(left.tensors().size(), right.tensors().size());
-  double worst = 0.0;
-  for (const auto& info : left.tensors()) {
-    worst = std::max(
-        worst, left.tensor(info.name).sub(right.tensor(info.name)).abs().max().item<double>());
-  }
-  return worst;
-}
-
 TEST(LayoutsTraining, AnyTwoLayoutsGiveTheSameLossesAndWeights) {
   for (const bool tied : {true, false}) {
     const TemporaryFolder alone;
@@ -117,7 +105,8 @@ TEST(LayoutsTraining, AnyTwoLayoutsGiveTheSameLossesAndWeights) {
       const TemporaryFolder folder;
       expect_alike(train(config_of(folder.path(), run, 3, "float64"), deep_model(tied)), expected,
                    kDoubleParity);
-      EXPECT_LT(largest_difference(folder.path(), alone.path()), kDoubleParity);
+      EXPECT_LT(largest_difference(folder.file("checkpoint"), alone.file("checkpoint")),
+                kDoubleParity);
     }
   }
 }
@@ -150,7 +139,7 @@ TEST(LayoutsTraining, CheckpointsOfAnyLayoutContinueUnderAnyOther) {
     given.insert(given.end(), part.begin(), part.end());
   }
   expect_alike(given, expected, kDoubleParity);
-  EXPECT_LT(largest_difference(folder.path(), alone.path()), kDoubleParity);
+  EXPECT_LT(largest_difference(folder.file("checkpoint"), alone.file("checkpoint")), kDoubleParity);
 }
 
 /// DESIGN.md, deterministic mode: tp = hdp = 1, same slots, same threads, no clipping.
@@ -185,7 +174,7 @@ TEST(LayoutsTraining, PipelinesAreTheSequentialStepBitForBit) {
     const auto given = train(plain(folder.path(), run), deep_model(false), strategy);
     ASSERT_EQ(given.size(), expected.size());
     for (std::size_t i = 0; i < given.size(); i += 3) EXPECT_EQ(given[i], expected[i]) << i;
-    EXPECT_EQ(largest_difference(folder.path(), alone.path()), 0.0);
+    EXPECT_EQ(largest_difference(folder.file("checkpoint"), alone.file("checkpoint")), 0.0);
   }
 }
 
