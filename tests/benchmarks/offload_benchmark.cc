@@ -1,10 +1,10 @@
 // What offloading activations costs in time and saves in memory, on one rank on CPU.
 //
-//   offload_benchmark pairs FOLDER [RATIO] [TOKENS] [PAIRS]   pairs of steps without and with
-//   offload_benchmark peak FOLDER [RATIO] [TOKENS]            one process's peak of resident memory
+//   offload_benchmark pairs FOLDER [RATIO] [TOKENS] [PAIRS] [THREADS]   steps without and with
+//   offload_benchmark peak FOLDER [RATIO] [TOKENS]   one process's peak of resident memory
 //
-// FOLDER holds the file for what is away. Computation takes one thread, so that the copying thread
-// has a core of its own where there are two.
+// FOLDER holds the file for what is away. Computation takes one thread by default, so that the
+// copying thread has a core of its own where there are two.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <fmt/format.h>
@@ -157,11 +157,11 @@ void peak(Rank& rank, double ratio) {
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   if (argc < 3 || (what != "pairs" && what != "peak")) {
-    fmt::print(stderr, "usage: {} pairs|peak FOLDER [RATIO] [TOKENS] [PAIRS]\n", argv[0]);
+    fmt::print(stderr, "usage: {} pairs|peak FOLDER [RATIO] [TOKENS] [PAIRS] [THREADS]\n", argv[0]);
     return 2;
   }
   try {
-    at::set_num_threads(1);
+    at::set_num_threads(argc > 6 ? std::stoi(argv[6]) : 1);
     const double ratio = argc > 3 ? std::stod(argv[3]) : 0.5;
     Rank rank(argv[2], argc > 4 ? std::stoll(argv[4]) : 4096);
     if (what == "pairs") {
