@@ -144,6 +144,8 @@ void remove_quietly(const std::string& path) {
 
 }  // namespace
 
+std::string checkpoint_name(std::int64_t step) { return fmt::format("step-{:08d}", step); }
+
 void write_checkpoint(const std::string& root, const CheckpointInfo& info,
                       const model::ParameterTable& table, parallel::FlatRange range,
                       const std::vector<ShardState>& states, int keep, comm::Communicator group) {
@@ -154,7 +156,7 @@ void write_checkpoint(const std::string& root, const CheckpointInfo& info,
 void write_checkpoint(const std::string& root, const CheckpointInfo& info,
                       const std::vector<CheckpointPart>& parts, int keep,
                       comm::Communicator group) {
-  const std::string name = fmt::format("step-{:08d}", info.step);
+  const std::string name = checkpoint_name(info.step);
   const std::string target = fmt::format("{}/{}", root, name);
   const std::string temporary = fmt::format("{}/.{}.writing", root, name);
   const auto file_name = [](std::size_t rank) {

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cstdlib>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "meshloom/core/error.h"
@@ -78,12 +80,42 @@ at::ScalarType parse_dtype_name(const std::string& name) {
                                     name));
 }
 
+namespace {
+
+/// The layouts of so many ranks whose tp and pp are nearest, as text.
+std::string nearest_layouts(const Layout& layout, int world_size) {
+  constexpr std::size_t kShown = 3;
+  std::vector<std::pair<int, Layout>> found;
+  for (int tp = 1; tp <= world_size; ++tp) {
+    for (int pp = 1; world_size % tp == 0 && pp <= world_size / tp; ++pp) {
+      if (world_size / tp % pp != 0) continue;
+      Layout other = layout;
+      other.tp = tp;
+      other.pp = pp;
+      other.hdp = world_size / tp / pp;
+      if (other.hdp % other.ep != 0) other.ep = 1;
+      found.emplace_back(std::abs(tp - layout.tp) + std::abs(pp - layout.pp), other);
+    }
+  }
+  std::stable_sort(found.begin(), found.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::string text;
+  for (std::size_t i = 0; i < std::min(kShown, found.size()); ++i) {
+    text += (i > 0 ? "; " : "") + found[i].second.to_string();
+  }
+  return text;
+}
+
+}  // namespace
+
 Layout resolve_layout(Layout layout, int world_size, const char* where) {
   if (layout.hdp == 0) layout.hdp = std::max(1, world_size / std::max(1, layout.tp * layout.pp));
   layout.validate();
   if (layout.world_size() != world_size) {
-    throw InvalidArgument(where, fmt::format("layout {} needs {} ranks, the world has {}",
-                                             layout.to_string(), layout.world_size(), world_size));
+    throw InvalidArgument(
+        where, fmt::format("layout {} needs {} ranks, the world has {}; nearest that fit: {}",
+                           layout.to_string(), layout.world_size(), world_size,
+                           nearest_layouts(layout, world_size)));
   }
   return layout;
 }

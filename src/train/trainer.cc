@@ -8,6 +8,7 @@
 
 #include "meshloom/core/error.h"
 #include "meshloom/model/pretrained.h"
+#include "meshloom/train/checkpoint.h"
 #include "train/internal/checkpoint_file.h"
 #include "train/internal/trainer_impl.h"
 
@@ -99,6 +100,15 @@ void Trainer::Impl::on_rank_0(const char* where, const std::function<void()>& bo
 
 void Trainer::Impl::save_pretrained(const std::string& folder) {
   const at::Tensor values = state_->whole_values();
+  write_model(folder, [&](const std::string& target) {
+    model::save_pretrained(target, model_,
+                           model::parameter_table(model_, {0, model_.layers}, true, true), values,
+                           {.dtype = state_->compute()});
+  });
+}
+
+void Trainer::Impl::write_model(const std::string& folder,
+                                const std::function<void(const std::string& target)>& write) {
   on_rank_0("train.save_pretrained", [&] {
     const std::filesystem::path target = std::filesystem::path(folder).lexically_normal();
     const std::filesystem::path base = target.has_filename() ? target : target.parent_path();
@@ -110,11 +120,7 @@ void Trainer::Impl::save_pretrained(const std::string& folder) {
       std::filesystem::remove_all(temporary);
       std::filesystem::remove_all(old);
       std::filesystem::create_directories(temporary);
-      model::SaveOptions options;
-      options.dtype = state_->compute();
-      model::save_pretrained(temporary.string(), model_,
-                             model::parameter_table(model_, {0, model_.layers}, true, true), values,
-                             options);
+      write(temporary.string());
       if (std::filesystem::exists(base)) std::filesystem::rename(base, old);
       std::filesystem::rename(temporary, base);
       std::filesystem::remove_all(old);
@@ -225,18 +231,27 @@ void Trainer::Impl::begin_run() {
 
 void Trainer::Impl::end_run() {
   place("records");
-  write_memory();  // what follows gathers states that training does not
   if (trained_ && saved_step_ != next_step_) save_checkpoint();
+  write_memory();
   place("records");
   write_traffic();
   write_timeline();
   place("save_pretrained");
-  if (!stop_) save_pretrained(config_.run + "/checkpoint");
+  if (!stop_) save_final_model();
   records_.reset();
   lock_.reset();
   running_ = false;
   stop_ = false;
   stop_generation_ = detail::stop_request_count();
+}
+
+/// From the last checkpoint where that is of this step, so that no rank holds the whole model.
+void Trainer::Impl::save_final_model() {
+  const std::string folder = config_.run + "/checkpoint";
+  if (saved_step_ != next_step_) return save_pretrained(folder);
+  write_model(folder, [&](const std::string& target) {
+    export_checkpoint(saved_in_, target, config_.dtype);
+  });
 }
 
 std::optional<StepMetrics> Trainer::Impl::advance() {

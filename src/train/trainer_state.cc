@@ -323,6 +323,7 @@ void Trainer::Impl::save_checkpoint() {
                    world_);
   agreed_ = false;
   saved_step_ = next_step_;
+  saved_in_ = checkpoints() + "/" + checkpoint_name(saved_step_);
   saved_at_ = Clock::now();
 }
 
@@ -393,6 +394,7 @@ void Trainer::Impl::resume() {
     at = end + 1;
     if (try_resume(folder, failure)) {
       resumed_from_ = folder;
+      saved_in_ = folder;
       return;
     }
     if (failure->code == ErrorCode::kInvalidArgument) break;  // good, but of another run

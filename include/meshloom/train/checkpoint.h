@@ -45,6 +45,9 @@ struct CheckpointInfo {
 /// Folders `<root>/step-N` that carry a manifest, newest first. Damaged ones are listed too.
 [[nodiscard]] MESHLOOM_API std::vector<std::string> list_checkpoints(const std::string& root);
 
+/// The folder of a step's checkpoint in its root.
+[[nodiscard]] MESHLOOM_API std::string checkpoint_name(std::int64_t step);
+
 /// Writes `<root>/step-N` (docs/train.md has the format): each rank its own file under a temporary
 /// folder, synced to disk; then rank 0 writes the manifest and renames the folder. Older
 /// checkpoints beyond `keep` (0: none) are removed at the very end. `root` is one folder that all

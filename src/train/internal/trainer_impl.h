@@ -126,6 +126,12 @@ class Trainer::Impl {
   /// Optimizers follow the state's parameters to their places.
   void settle_optimizers();
 
+  /// Writes a model folder beside `folder` and puts it in its place. @param write  fills it, on
+  /// rank 0
+  void write_model(const std::string& folder,
+                   const std::function<void(const std::string& target)>& write);
+  void save_final_model();
+
   // A run.
   void begin_run();
   void end_run();
@@ -186,6 +192,7 @@ class Trainer::Impl {
   bool stop_ = false;      ///< agreed: some rank was asked to stop
   bool save_due_ = false;  ///< agreed: rank 0's clock says so
   std::int64_t saved_step_ = -1;
+  std::string saved_in_;  ///< the checkpoint of that step
   Clock::time_point saved_at_ = Clock::now();
 };
 

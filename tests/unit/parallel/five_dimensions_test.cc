@@ -221,7 +221,9 @@ void expect_closed_forms(const Cell& cell) {
                                      .split = placement.split};
   std::mutex mutex;
   comm::run_thread_ranks(cell.layout.world_size(), [&](comm::Communicator world) {
-    RankRun rank(world, placement, at::kDouble);
+    ExecutorOptions options;
+    options.recompute = cell.recompute;
+    RankRun rank(world, placement, at::kDouble, options);
     (void)rank.executor.run(plan, plan::compile_rank(plan, compile, world.rank()), loader_of(texts),
                             rank.state, nullptr, [] {});
     const std::lock_guard lock(mutex);
@@ -267,6 +269,8 @@ void expect_closed_forms(const Cell& cell) {
         const std::int64_t scatter = (tokens - (end - begin)) * row;
         if (tp > 1) {
           tensor += layers * (6 * gather + 4 * scatter);
+          if (cell.recompute == model::Recompute::kSelective) tensor += layers * gather;
+          if (cell.recompute == model::Recompute::kFull) tensor += layers * 2 * (gather + scatter);
           if (chunk.with_embedding) tensor += gather + scatter;
           if (chunk.with_head) {
             const auto batch = build_batch(plan, unit, index, loader_of(texts), at::kCPU);
@@ -314,6 +318,10 @@ TEST(FiveDimensions, BytesAreTheClosedForms) {
         {.layout = {.tp = 2, .hdp = 2, .pp = 2}, .zero = zero, .config = kDeepDense});
   }
   expect_closed_forms({.layout = {.tp = 4}, .config = kDeepDense});
+  for (const auto recompute : {model::Recompute::kSelective, model::Recompute::kFull}) {
+    expect_closed_forms(
+        {.layout = {.tp = 2, .hdp = 2}, .zero = 3, .config = kDeepDense, .recompute = recompute});
+  }
 }
 
 /// Two and four nodes; what fills them evenly goes in two levels.

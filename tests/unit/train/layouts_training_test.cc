@@ -200,5 +200,19 @@ TEST(LayoutsTraining, LayoutsThatDoNotFitSayWhatWould) {
             std::string::npos);
 }
 
+TEST(LayoutsTraining, TheModelAFinishedRunLeavesIsWhatItHolds) {
+  for (const char* dtype : {"float32", "bfloat16"}) {
+    const TemporaryFolder folder;
+    TrainConfig config =
+        config_of(folder.path(), {{.tp = 2, .hdp = 2}, {.zero = 3}}, /*steps=*/2, dtype);
+    comm::run_thread_ranks(4, [&](comm::Communicator world) {
+      Trainer trainer(config, deep_model(true), tiny_loader(), world);
+      trainer.run();
+      trainer.save_pretrained(folder.file("held"));
+    });
+    EXPECT_EQ(largest_difference(folder.file("checkpoint"), folder.file("held")), 0.0) << dtype;
+  }
+}
+
 }  // namespace
 }  // namespace meshloom::train::layouts_training

@@ -90,7 +90,7 @@ TEST(Trainer, ConstructionFailsAlikeOnAllRanks) {
   config.layout.hdp = 3;
   EXPECT_NE(message_of<InvalidArgument>([&] {
               construct(2, config);
-            }).find("needs 3 ranks, the world has 2"),
+            }).find("needs 3 ranks, the world has 2; nearest that fit: "),
             std::string::npos);
   config = tiny_config(folder.file("run"));
   config.strategy = "balancd";
