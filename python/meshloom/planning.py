@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 from collections.abc import Iterable
@@ -61,7 +62,7 @@ def plan(
     problem.capacity_tokens = capacity_tokens
     problem.lockstep = lockstep
     problem.samples = [
-        entry if isinstance(entry, SampleInfo) else SampleInfo(id=index, tokens=int(entry))
+        entry if isinstance(entry, SampleInfo) else SampleInfo(id=index, tokens=_length(index, entry))
         for index, entry in enumerate(lengths)
     ]
     problem.ranks_per_node = ranks_per_node
@@ -71,6 +72,16 @@ def plan(
     if memory is not None:
         problem.memory = memory
     return make_plan(problem, strategy)
+
+
+def _length(index: int, entry: object) -> int:
+    """A length as an int, of numpy and torch, too; a bool, a fraction or a text is none."""
+    if not isinstance(entry, bool):
+        try:
+            return operator.index(entry)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise InvalidArgument(f"[plan] length {index} is {entry!r}, expected an integer or a SampleInfo")
 
 
 def find_strategy(name: str) -> Strategy:

@@ -387,8 +387,27 @@ class PlanChecker {
       report("prediction", fmt::format("predicted.step_time is {}, expected a finite time >= 0",
                                        *given.step_time));
     }
+    // All work on all ranks at once; a micro-batch's is shared out over the stages.
+    const double least = work / (1.0 * plan_.layout.hdp * plan_.layout.pp);
+    if (given.step_time && *given.step_time < least * (1.0 - kPredictionTolerance)) {
+      report("prediction", fmt::format("predicted.step_time is {}, expected at least {}, all work "
+                                       "over all ranks",
+                                       *given.step_time, least));
+    }
     // Under a pipeline the figures below are the planner's guide; step_time is the prediction.
-    if (plan_.layout.pp > 1) return;
+    if (plan_.layout.pp > 1) {
+      if (!(given.efficiency >= 0.0 && given.efficiency <= 1.0 + kPredictionTolerance)) {
+        report("prediction",
+               fmt::format("predicted.efficiency is {}, expected 0 .. 1", given.efficiency));
+      }
+      if (!(given.lower_bound >= 0.0 &&
+            given.lower_bound <= given.makespan * (1.0 + kPredictionTolerance))) {
+        report("prediction", fmt::format("predicted.lower_bound is {}, expected 0 .. {}, the "
+                                         "makespan",
+                                         given.lower_bound, given.makespan));
+      }
+      return;
+    }
     const double makespan = replay();
     const double efficiency = makespan > 0 ? work / (plan_.layout.hdp * makespan) : 1.0;
     if (!near(given.makespan, makespan)) differs("makespan", given.makespan, makespan);

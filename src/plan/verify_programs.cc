@@ -41,6 +41,7 @@ class ProgramChecker {
     graph_.match_transfers();
     order_pieces();
     for (const Program& program : programs_) check_rank(program);
+    check_pieces();
     check_loss_weights();
     graph_.match_rendezvous();
     if (violations_.empty()) graph_.check_acyclic();
@@ -48,6 +49,23 @@ class ProgramChecker {
   }
 
  private:
+  /// What the pieces of the model do, (stage, chunk): each of them always or, without layers that
+  /// do it, never.
+  class PieceHabit {
+   public:
+    /// Whether a piece does as before, or is seen for the first time.
+    bool agrees(const std::pair<int, int>& piece, bool does) {
+      return does_.emplace(piece, does).first->second == does;
+    }
+    [[nodiscard]] bool nobody() const {
+      return !does_.empty() && std::none_of(does_.begin(), does_.end(),
+                                            [](const auto& entry) { return entry.second; });
+    }
+
+   private:
+    std::map<std::pair<int, int>, bool> does_;
+  };
+
   /// How often a rank ran the parts of one slot and chunk.
   struct Count {
     int forward = 0;
@@ -279,14 +297,30 @@ class ProgramChecker {
                 plan_.slots[slot].units[static_cast<std::size_t>(instruction.unit)].ranks.size() > 1
             ? 1
             : 0;
-    // A piece of the model without decoder layers exchanges nothing, on any of its ranks.
-    const bool may_be_empty = layout_.pp * layout_.chunks > 1;
-    if (exchanges != expected && !(may_be_empty && exchanges == 0)) {
+    const std::pair<int, int> piece{at.pp, instruction.chunk};
+    const bool several = layout_.pp * layout_.chunks > 1;
+    const bool exchanges_right = expected == 1 && several
+                                     ? exchanges <= 1 && exchanging_.agrees(piece, exchanges == 1)
+                                     : exchanges == expected;
+    if (!exchanges_right) {
       report("rendezvous", fmt::format("{} has {} exchanges, expected {}", name(program, i),
                                        exchanges, expected));
     }
-    if (group != nullptr && !with_group && !may_be_empty) {
-      report("lockstep", fmt::format("{} does not meet its lockstep group", name(program, i)));
+    if (group != nullptr && !(several ? meeting_.agrees(piece, with_group) : with_group)) {
+      report("lockstep", fmt::format("{} does not meet its lockstep group{}", name(program, i),
+                                     several ? " as others of its piece of the model do" : ""));
+    }
+  }
+
+  /// Layers exchange, and meet their lockstep group; not every piece has some.
+  void check_pieces() {
+    if (exchanging_.nobody()) {
+      report("rendezvous",
+             "no piece of the model exchanges keys and values, though units have "
+             "several ranks");
+    }
+    if (meeting_.nobody()) {
+      report("lockstep", "no piece of the model meets its lockstep group");
     }
   }
 
@@ -416,6 +450,8 @@ class ProgramChecker {
   const StepPlan& plan_;
   const Layout& layout_;
   const std::vector<Program>& programs_;
+  PieceHabit exchanging_;
+  PieceHabit meeting_;
   std::vector<Violation> violations_;
   detail::ProgramGraph graph_;
   std::size_t chunks_ = 1;

@@ -181,6 +181,12 @@ def test_simulate_says_what_is_wrong(
     assert says in error and error.count("\n") == 1
 
 
+def test_lengths_are_whole_numbers(ml: Any) -> None:
+    for wrong in (3.7, True, "12", None):
+        with pytest.raises(ml.InvalidArgument, match="length 1 is"):
+            ml.plan([5, wrong], hdp=2, capacity_tokens=8)
+
+
 def test_rules_choose_exchanges(ml: Any, cli: Callable[..., str], tmp_path: Path) -> None:
     lengths = [40, 20, 20, 9, 9]
     plan = ml.plan(lengths, hdp=4, capacity_tokens=12, exchanges="all_gather:2-3,ulysses:4-")

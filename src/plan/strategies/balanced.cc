@@ -43,14 +43,21 @@ class Balanced final : public BalanceStrategy {
     if (problem.layout.pp > 1 || problem.lockstep != Lockstep::kNone) {
       return balance::level_slots(problem, model, std::move(slots));
     }
+    double least = schedule.makespan;
+    const auto offer = [&](std::vector<Slot> other, double makespan) {
+      if (makespan >= least * (1.0 - kWorthwhile)) return;
+      least = makespan;
+      slots = std::move(other);
+    };
     const bool small = problem.samples.size() <= kFewSamples && problem.layout.hdp <= kFewRanks;
-    if (small && schedule.makespan > model.bound * (1.0 + kWorthwhile)) {
+    if (small && least > model.bound * (1.0 + kWorthwhile)) {
       ExactResult best = solve_exact(problem, kVisits);
-      if (best.makespan < schedule.makespan * (1.0 - kWorthwhile)) return std::move(best.slots);
+      offer(std::move(best.slots), best.makespan);
     }
-    if (schedule.makespan > model.bound * (1.0 + kLate)) {
+    if (least > model.bound * (1.0 + kLate)) {
       auto other = make_bytescale()->assign(problem);
-      if (makespan_of(problem, other) < schedule.makespan * (1.0 - kWorthwhile)) return other;
+      const double makespan = makespan_of(problem, other);
+      offer(std::move(other), makespan);
     }
     return slots;
   }

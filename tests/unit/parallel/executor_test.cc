@@ -65,7 +65,7 @@ struct Step {
   SampleLoader load;
 };
 
-std::string message_of(const std::function<void()>& body) {
+std::string error_of(const std::function<void()>& body) {
   try {
     body();
   } catch (const Error& error) {
@@ -77,17 +77,17 @@ std::string message_of(const std::function<void()>& body) {
 TEST(Executor, PlansOfAnotherWorldAreRefused) {
   const auto world = comm::make_thread_world(2);
   const Step one({5, 9}, 1, 32);
-  EXPECT_NE(message_of([&] { one.run(world[0]); }).find("ranks of the world"), std::string::npos);
+  EXPECT_NE(error_of([&] { one.run(world[0]); }).find("ranks of the world"), std::string::npos);
   Step deeper({5, 9}, 1, 32);
   deeper.plan.memory.layers = 7;
   deeper.plan.slots[0].units[0].offload = 0.5;
   const auto alone = comm::make_thread_world(1);
-  EXPECT_NE(message_of([&] { deeper.run(alone[0]); }).find("slot 0, unit 0 offloads 0.5"),
+  EXPECT_NE(error_of([&] { deeper.run(alone[0]); }).find("slot 0, unit 0 offloads 0.5"),
             std::string::npos);
   EXPECT_EQ(alone[0].traffic().size(), 0U) << "nothing has run";
   Step swapped({60, 9}, 2, 64);
   std::swap(swapped.programs[0], swapped.programs[1]);
-  EXPECT_NE(message_of([&] { swapped.run(world[0]); }).find("rank of the program"),
+  EXPECT_NE(error_of([&] { swapped.run(world[0]); }).find("rank of the program"),
             std::string::npos);
 }
 
@@ -125,7 +125,7 @@ TEST(Executor, TokensOutsideTheVocabularyAreRefusedByName) {
   const auto world = comm::make_thread_world(1);
   const Step step({5, 9}, 1, 32, 70);
   for (const std::int32_t bad : {-1, 53}) {
-    const auto message = message_of([&] {
+    const auto message = error_of([&] {
       step.run(world[0], {}, [&](std::int64_t id) {
         auto document = step.load(id);
         if (id == 71) document.tokens[4] = bad;
@@ -150,7 +150,7 @@ TEST(Executor, FailureNamesStepSlotUnitAndSamplesOnEveryRank) {
       }
     };
     messages[static_cast<std::size_t>(hdp.rank())] =
-        message_of([&] { step.run(hdp, std::move(options)); });
+        error_of([&] { step.run(hdp, std::move(options)); });
   });
   for (const char* part :
        {"step 12", "backward", "slot 0", "unit 0", "samples 5", "rank 1/2", "planted failure"}) {

@@ -44,6 +44,15 @@ TEST(Balanced, BeatsStaticAndNaive) {
   }
 }
 
+TEST(Balanced, IsNoWorseThanByteScaleWhereOffloadMakesLongUnits) {
+  PlanProblem problem = PlanProblem::from_lengths(
+      {32768, 8192, 27, 47418, 61294, 32768, 32768, 32768, 1909, 58398, 8192}, {.hdp = 8}, 8192);
+  problem.cost = {.quadratic = 0.0, .linear = 24576.0, .fixed = 291688243.2, .exchange = 49152.0};
+  problem.memory.layers = 32;
+  const double other = make_plan(problem, "bytescale").predicted.makespan;
+  EXPECT_LE(make_plan(problem, "balanced").predicted.makespan, 1.01 * other);
+}
+
 TEST(Balanced, IsDeterministic) {
   const PlanProblem problem = mixed_problem(16, 500, 8192, 3);
   EXPECT_EQ(make_plan(problem, "balanced").slots, make_plan(problem, "balanced").slots);

@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "meshloom/core/error.h"
@@ -92,6 +93,30 @@ TEST(VerifyPrograms, HeadersMustAgree) {
   expect_violation(programs_after([](auto& p) { p.pop_back(); }), "programs", {"3 programs"});
   expect_violation(programs_after([](auto& p) { p[1].rank = 2; }), "programs", {"programs[1]"});
   expect_violation(programs_after([](auto& p) { p[1].step = 8; }), "programs", {"step 8"});
+}
+
+TEST(VerifyPrograms, PipelinesThatNeverMeetAreNamed) {
+  for (const auto& [ep, kind, contract] : std::vector<std::tuple<int, RendezvousKind, const char*>>{
+           {1, RendezvousKind::kExchange, "rendezvous"},
+           {2, RendezvousKind::kDispatch, "lockstep"}}) {
+    PlanProblem problem =
+        PlanProblem::from_lengths({40, 9, 30, 7}, {.hdp = 4, .pp = 2, .ep = ep}, 12);
+    if (ep > 1) problem.lockstep = Lockstep::kEp;
+    const StepPlan plan = make_plan(problem, "balanced");
+    const auto after = [&, kind = kind](int ranks) {
+      auto programs = compile(plan, {.layers = 4});
+      for (int rank = 0; rank < ranks; ++rank) {
+        for (Instruction& instruction : programs[static_cast<std::size_t>(rank)].instructions) {
+          std::erase_if(instruction.rendezvous,
+                        [&](const Rendezvous& meeting) { return meeting.kind == kind; });
+        }
+      }
+      return check_programs(plan, programs);
+    };
+    EXPECT_EQ(all_text(after(0)), "");
+    expect_violation(after(8), contract, {"no piece of the model"});
+    expect_violation(after(1), contract, {"rank 1"});
+  }
 }
 
 TEST(VerifyPrograms, LockstepGroupMustMeet) {
