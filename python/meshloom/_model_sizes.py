@@ -20,6 +20,7 @@ _FAMILIES = {
     "qwen3": (32, 128),
     "mixtral": (8, 0),
     "qwen3_moe": (4, 0),
+    "deepseek_v3": (0, 0),
 }
 _MOE_FAMILIES = ("mixtral", "qwen3_moe")
 _WHERE = "[autotune.model]"
@@ -42,6 +43,17 @@ class ModelSizes:
     expert_intermediate: int = 0
     experts: int = 0
     experts_per_token: int = 0
+    shared_intermediate: int = 0
+    """Of the experts of a mixture that every token meets, together."""
+    correction_bias: bool = False
+    """Of routers, a number an expert."""
+    kv_lora_rank: int = 0
+    """Of latent attention; 0: keys and values are projected."""
+    q_lora_rank: int = 0
+    rope_dim: int = 0
+    """Of head_dim, with latent attention: the part of keys that all heads share."""
+    value_dim: int = 0
+    """Size of a head's values with latent attention; otherwise head_dim."""
     tied_embeddings: bool = False
     dtype: str = "bfloat16"
 
@@ -61,13 +73,21 @@ class ModelSizes:
 
     def attention(self, tp: int = 1) -> int:
         """Parameters of one layer's attention on one of `tp` tensor ranks."""
+        if self.kv_lora_rank:
+            heads, queries = self.heads // tp, self.q_lora_rank or self.hidden
+            down = self.hidden * (self.q_lora_rank + self.kv_lora_rank + self.rope_dim)
+            up = self.head_dim * queries + (self.head_dim - self.rope_dim + self.value_dim) * self.kv_lora_rank
+            norms = self.q_lora_rank + self.kv_lora_rank
+            return down + norms + heads * (up + self.value_dim * self.hidden)
         heads = self.heads // tp + max(self.key_value_heads // tp, 1)
         return 2 * self.hidden * heads * self.head_dim
 
     def feed_forward(self, layer: int, tp: int = 1) -> int:
-        """Parameters of a layer's dense feed-forward, or of its router, on one tensor rank."""
+        """Parameters of a layer's dense feed-forward, or of its router and shared experts, on one
+        tensor rank."""
         if self.moe_layers[layer]:
-            return self.experts * self.hidden
+            bias = self.experts if self.correction_bias else 0
+            return self.experts * self.hidden + bias + 3 * self.hidden * self.shared_intermediate // tp
         return 3 * self.hidden * self.intermediate // tp
 
     def layer_experts(self, layer: int) -> int:
@@ -93,12 +113,12 @@ class ModelSizes:
     @property
     def pair_work(self) -> int:
         """Multiplications of one causal token pair in forward, halved as the causal mask does."""
-        return self.layers * self.heads * self.head_dim
+        return self.layers * self.heads * (self.head_dim + (self.value_dim or self.head_dim)) // 2
 
     def chosen_intermediate(self, layer: int) -> int:
         """Width of what a token meets in a layer's feed-forward."""
         if self.moe_layers[layer]:
-            return self.experts_per_token * self.expert_intermediate
+            return self.experts_per_token * self.expert_intermediate + self.shared_intermediate
         return self.intermediate
 
     def gate_and_up(self) -> int:
@@ -115,6 +135,9 @@ class ModelSizes:
         result.moe_layers = list(self.moe_layers)
         result.experts, result.experts_per_token = self.experts, self.experts_per_token
         result.expert_intermediate = self.expert_intermediate
+        result.shared_intermediate, result.correction_bias = self.shared_intermediate, self.correction_bias
+        result.kv_lora_rank, result.q_lora_rank = self.kv_lora_rank, self.q_lora_rank
+        result.rope_dim, result.value_dim = self.rope_dim, self.value_dim
         result.tied_embeddings = self.tied_embeddings
         return result
 
@@ -124,14 +147,30 @@ class _Fields:
         self._root = root
         self._name = name
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def is_null(self, key: str) -> bool:
+        return key in self._root and self._root[key] is None
+
+    def size(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self._root.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             shown = "missing" if value is None else json.dumps(value)
-            raise DataError(f"{_WHERE} {self._name}: {key} is {shown}, expected a positive integer")
+            expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise DataError(f"{_WHERE} {self._name}: {key} is {shown}, expected {expected}")
         return value
+
+
+def _latent_sizes(fields: _Fields, expert_intermediate: int) -> dict[str, Any]:
+    """Of latent attention and what comes with it, with DeepSeek-V3's defaults."""
+    return {
+        "kv_lora_rank": fields.size("kv_lora_rank", 512),
+        "q_lora_rank": 0 if fields.is_null("q_lora_rank") else fields.size("q_lora_rank", 1536),
+        "rope_dim": fields.size("qk_rope_head_dim", 64),
+        "value_dim": fields.size("v_head_dim", 128),
+        "shared_intermediate": fields.size("n_shared_experts", 1) * expert_intermediate,
+        "correction_bias": True,
+    }
 
 
 def read_model(
@@ -172,26 +211,36 @@ def read_model(
     layers = fields.size("num_hidden_layers")
     moe_layers = [False] * layers
     experts = expert_intermediate = experts_per_token = 0
-    if kind in _MOE_FAMILIES:
+    latent: dict[str, Any] = {}
+    if kind == "deepseek_v3":
+        experts = fields.size("n_routed_experts", 256)
+        experts_per_token = fields.size("num_experts_per_tok", 8)
+        expert_intermediate = fields.size("moe_intermediate_size", 2048)
+        latent = _latent_sizes(fields, expert_intermediate)
+        key_value_heads = heads
+        head_dim = fields.size("qk_nope_head_dim", 128) + latent["rope_dim"]
+        leading = fields.size("first_k_dense_replace", 3, least=0)
+        moe_layers = [i >= leading for i in range(layers)]
+    elif kind in _MOE_FAMILIES:
         mixtral = kind == "mixtral"
         named = "num_local_experts" if mixtral or "num_local_experts" in root else "num_experts"
         experts = fields.size(named)
         experts_per_token = fields.size("num_experts_per_tok")
-        if experts_per_token > experts:
-            raise DataError(
-                f"{_WHERE} {name}: num_experts_per_tok is {experts_per_token}, but there are"
-                f" {experts} experts"
-            )
         width = "intermediate_size" if mixtral else "moe_intermediate_size"
         expert_intermediate = fields.size(width)
         step = 1 if mixtral else fields.size("decoder_sparse_step", 1)
         dense = [] if mixtral else root.get("mlp_only_layers") or []
         moe_layers = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
+    if experts_per_token > experts:
+        raise DataError(
+            f"{_WHERE} {name}: num_experts_per_tok is {experts_per_token}, but there are"
+            f" {experts} experts"
+        )
     return ModelSizes(
         hidden=hidden,
         heads=heads,
-        key_value_heads=fields.size("num_key_value_heads", key_value_heads or heads),
-        head_dim=fields.size("head_dim", head_dim or max(1, hidden // heads)),
+        key_value_heads=key_value_heads if latent else fields.size("num_key_value_heads", key_value_heads or heads),
+        head_dim=head_dim if latent else fields.size("head_dim", head_dim or max(1, hidden // heads)),
         intermediate=fields.size("intermediate_size"),
         vocabulary=fields.size("vocab_size"),
         moe_layers=tuple(moe_layers),
@@ -200,4 +249,5 @@ def read_model(
         experts_per_token=experts_per_token,
         tied_embeddings=bool(root.get("tie_word_embeddings", False)),
         dtype=dtype,
+        **latent,
     )

@@ -84,6 +84,22 @@ def test_the_fastest_is_that_of_an_exhaustive_simulation(ml: Any, model: dict[st
     assert [one.step_seconds for one in found.layouts] == sorted(times)[:3]
 
 
+
+def test_sizes_of_deepseek_v3_are_the_published_ones() -> None:
+    """671B parameters, 37B of them a token (arXiv 2412.19437, without its MTP module)."""
+    from meshloom._model_sizes import read_model
+
+    config = dict(
+        model_type="deepseek_v3", hidden_size=7168, num_attention_heads=128, num_key_value_heads=128,
+        num_hidden_layers=61, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
+        num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=3, q_lora_rank=1536,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, vocab_size=129280,
+    )
+    sizes = read_model(config)
+    assert sizes.parameters == pytest.approx(671e9, rel=1e-3)
+    assert sizes.active_parameters == pytest.approx(37e9, rel=0.02)
+    assert sizes.parameters == sizes.forecast_sizes.parameter_count
+
 def test_bounds_stay_below_simulated_times(ml: Any) -> None:
     from meshloom import tuning
 

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "layout_sweep.h"
@@ -134,6 +136,35 @@ TEST(FiveDimensions, LatentAttentionEqualsOneRank) {
       latent.exchange = exchange;
       run_cell(latent);
     }
+  }
+}
+
+/// All forwards, then all backwards from the last on: nothing of the built-in schedules.
+TEST(FiveDimensions, AnOwnTableEqualsOneRank) {
+  for (const char* config : {kDeepDense, kDeepMoe}) {
+    const Cell cell{.layout = {.hdp = 2, .pp = 2}, .config = config};
+    const auto texts = documents(2, model::ModelConfig::from_json(config).vocab_size);
+    const auto plan = plan_of(cell, texts);
+    const auto slots = static_cast<int>(plan.slots.size());
+    plan::Schedule table{.placement = {{0, 0}, {1, 0}}};
+    for (int stage = 0; stage < 2; ++stage) {
+      auto& actions = table.stages.emplace_back();
+      for (int slot = 0; slot < slots; ++slot) {
+        actions.push_back({.op = plan::Op::kForward, .slot = slot});
+      }
+      for (int slot = slots; slot-- > 0;) {
+        actions.push_back({.op = plan::Op::kBackward, .slot = slot});
+      }
+    }
+    const Setting setting{.config = config,
+                          .table = std::make_shared<const plan::Schedule>(std::move(table))};
+    const auto expected = solve_alone(setting, texts);
+    std::mutex mutex;
+    comm::run_thread_ranks(4, [&](comm::Communicator world) {
+      const auto wrong = run_and_compare(setting, plan, texts, expected, world);
+      const std::lock_guard lock(mutex);
+      EXPECT_EQ(wrong, "") << "rank " << world.rank();
+    });
   }
 }
 

@@ -131,6 +131,7 @@ std::string run_and_compare(const Setting& setting, const plan::StepPlan& plan,
   placement.ranks_per_node = setting.ranks_per_node;
   const plan::CompileOptions compile{.layers = static_cast<int>(config.layers),
                                      .schedule = setting.schedule,
+                                     .table = setting.table,
                                      .split = placement.split};
   const auto programs = plan::compile(plan, compile);
   plan::verify(plan, programs);

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@
 #include "meshloom/model/stage.h"
 #include "meshloom/parallel/model_placement.h"
 #include "meshloom/parallel/sample_batch.h"
+#include "meshloom/plan/schedule.h"
 #include "meshloom/plan/step_plan.h"
 #include "meshloom/plan/strategy.h"
 
@@ -52,6 +54,7 @@ struct Setting {
   std::vector<int> split{};  ///< layers of its pieces
   model::Recompute recompute = model::Recompute::kNone;
   int ranks_per_node = 0;
+  std::shared_ptr<const plan::Schedule> table = nullptr;  ///< instead of a schedule by name
 };
 
 struct Expected {
