@@ -25,6 +25,7 @@ namespace meshloom::train {
 namespace {
 
 constexpr std::int64_t kSteps = 12;
+constexpr std::size_t kDocumentTokens = 128;
 constexpr std::array<std::string_view, 5> kInstructions{"load", "forward", "backward", "reduce",
                                                         "step"};
 /// Between looks at what the rank does; a step takes some milliseconds.
@@ -80,6 +81,9 @@ int run(comm::Communicator world, const Death& death, double limit, const std::s
   TrainConfig config = tiny_config(folder, kSteps);
   config.layout = spread.layout;
   config.parallel.zero = spread.zero;
+  if (spread.layout.hdp > 1) {
+    config.capacity_tokens = static_cast<std::int64_t>(kDocumentTokens) / 2;  // no rank holds one
+  }
   config.checkpoint.every_steps = 1;
   config.watchdog_seconds = limit / 2.0;
   config.timeout_seconds = limit;
@@ -97,7 +101,7 @@ int run(comm::Communicator world, const Death& death, double limit, const std::s
   // that loads change and every step moves experts.
   std::vector<data::Document> documents(40);
   for (std::size_t d = 0; d < documents.size(); ++d) {
-    for (std::size_t t = 0; t < 128; ++t) {
+    for (std::size_t t = 0; t < kDocumentTokens; ++t) {
       documents[d].tokens.push_back(static_cast<std::int32_t>((17 * d + t % 3) % 64));
     }
   }
