@@ -8,34 +8,12 @@
 #include <utility>
 
 #include "meshloom/core/random.h"
-#include "meshloom/parallel/sample_batch.h"
 
 namespace meshloom::parallel::exchange_sweep {
 namespace {
 
 constexpr std::int64_t kHeadDim = 8;
 constexpr double kScale = 0.35;
-
-at::Tensor random_tensor(std::vector<std::int64_t> shape, std::uint64_t seed, at::ScalarType type) {
-  auto tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
-  auto* data = tensor.mutable_data_ptr<double>();
-  for (std::int64_t i = 0; i < tensor.numel(); ++i) {
-    data[i] = random_normal(seed, static_cast<std::uint64_t>(i));
-  }
-  return tensor.to(type);
-}
-
-/// Tokens are their row in the concatenated documents, so that slices can be gathered.
-SampleLoader row_numbers(const std::vector<std::int64_t>& lengths) {
-  return [lengths](std::int64_t id) {
-    const auto begin = std::accumulate(lengths.begin(), lengths.begin() + id, std::int64_t{0});
-    SampleTokens result;
-    for (std::int64_t t = 0; t < lengths[static_cast<std::size_t>(id)]; ++t) {
-      result.tokens.push_back(static_cast<std::int32_t>(begin + t));
-    }
-    return result;
-  };
-}
 
 /// Where gradients of q and k vanish, as with windows of one token, rounding alone is left: a floor
 /// keeps the ratio defined, well below the values of order one that all others have.
@@ -48,6 +26,27 @@ double worst(const at::Tensor& a, const at::Tensor& b, const at::Tensor& whole) 
 }
 
 }  // namespace
+
+at::Tensor random_tensor(const std::vector<std::int64_t>& shape, std::uint64_t seed,
+                         at::ScalarType type) {
+  auto tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
+  auto* data = tensor.mutable_data_ptr<double>();
+  for (std::int64_t i = 0; i < tensor.numel(); ++i) {
+    data[i] = random_normal(seed, static_cast<std::uint64_t>(i));
+  }
+  return tensor.to(type);
+}
+
+SampleLoader row_numbers(const std::vector<std::int64_t>& lengths) {
+  return [lengths](std::int64_t id) {
+    const auto begin = std::accumulate(lengths.begin(), lengths.begin() + id, std::int64_t{0});
+    SampleTokens result;
+    for (std::int64_t t = 0; t < lengths[static_cast<std::size_t>(id)]; ++t) {
+      result.tokens.push_back(static_cast<std::int32_t>(begin + t));
+    }
+    return result;
+  };
+}
 
 std::string Case::text() const {
   std::string result(plan::to_string(exchange));

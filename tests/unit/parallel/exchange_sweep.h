@@ -11,11 +11,19 @@
 #include "meshloom/comm/communicator.h"
 #include "meshloom/model/attention_exchange.h"
 #include "meshloom/parallel/exchange.h"
+#include "meshloom/parallel/sample_batch.h"
 #include "meshloom/plan/exchange_traffic.h"
 #include "meshloom/plan/step_plan.h"
 
 /// Attention over a unit against attention of one process, for any ranks: threads or processes.
 namespace meshloom::parallel::exchange_sweep {
+
+/// Standard normal numbers, drawn in double.
+at::Tensor random_tensor(const std::vector<std::int64_t>& shape, std::uint64_t seed,
+                         at::ScalarType type = at::kDouble);
+
+/// Tokens are their row in the concatenated documents, so that slices can be gathered.
+SampleLoader row_numbers(const std::vector<std::int64_t>& lengths);
 
 struct Case {
   plan::Exchange exchange = plan::Exchange::kRing;

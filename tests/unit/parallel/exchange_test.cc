@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <gtest/gtest.h>
@@ -22,7 +21,6 @@
 #include "exchange_sweep.h"
 #include "meshloom/comm/backends.h"
 #include "meshloom/core/error.h"
-#include "meshloom/core/random.h"
 #include "meshloom/model/attention_kernel.h"
 #include "meshloom/parallel/ring_exchange.h"
 #include "meshloom/parallel/sample_batch.h"
@@ -33,14 +31,8 @@ namespace {
 // fp64 sums over at most some hundred keys, merged in another order.
 constexpr double kFp64Tolerance = 1e-12;
 
-at::Tensor random_tensor(std::vector<std::int64_t> shape, std::uint64_t seed) {
-  auto tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
-  auto* data = tensor.mutable_data_ptr<double>();
-  for (std::int64_t i = 0; i < tensor.numel(); ++i) {
-    data[i] = random_normal(seed, static_cast<std::uint64_t>(i));
-  }
-  return tensor;
-}
+using exchange_sweep::random_tensor;
+using exchange_sweep::row_numbers;
 
 plan::StepPlan plan_of(const std::vector<std::int64_t>& lengths, std::vector<int> ranks) {
   plan::StepPlan plan;
@@ -52,18 +44,6 @@ plan::StepPlan plan_of(const std::vector<std::int64_t>& lengths, std::vector<int
   }
   plan.slots = {{.units = {unit}}};
   return plan;
-}
-
-/// Tokens are their row in the concatenated documents, so that slices can be gathered.
-SampleLoader row_numbers(const std::vector<std::int64_t>& lengths) {
-  return [lengths](std::int64_t id) {
-    const auto begin = std::accumulate(lengths.begin(), lengths.begin() + id, std::int64_t{0});
-    SampleTokens result;
-    for (std::int64_t t = 0; t < lengths[static_cast<std::size_t>(id)]; ++t) {
-      result.tokens.push_back(static_cast<std::int32_t>(begin + t));
-    }
-    return result;
-  };
 }
 
 class Kinds : public ::testing::TestWithParam<plan::Exchange> {};

@@ -3,7 +3,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
@@ -14,13 +13,14 @@
 
 #include "exchange_sweep.h"
 #include "meshloom/comm/backends.h"
-#include "meshloom/core/random.h"
 #include "meshloom/parallel/sample_batch.h"
 
 namespace meshloom::parallel::latent_exchange {
 namespace {
 
 using exchange_sweep::Case;
+using exchange_sweep::random_tensor;
+using exchange_sweep::row_numbers;
 
 constexpr std::int64_t kLatent = 5;
 constexpr std::int64_t kHeads = 3;
@@ -28,22 +28,13 @@ constexpr std::int64_t kKeyDim = 6;
 constexpr std::int64_t kValueDim = 8;
 constexpr double kTolerance = 1e-12;  // fp64, of each tensor's largest element
 
-at::Tensor drawn(std::vector<std::int64_t> shape, std::uint64_t seed) {
-  at::Tensor tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
-  auto* data = tensor.mutable_data_ptr<double>();
-  for (std::int64_t i = 0; i < tensor.numel(); ++i) {
-    data[i] = random_normal(seed, static_cast<std::uint64_t>(i));
-  }
-  return tensor;
-}
-
 /// Keys and values as products of the rows with two weights.
 class Products final : public model::LatentKeys {
  public:
   explicit Products(at::Tensor rows)
       : rows_(std::move(rows)),
-        keys_(drawn({kLatent, kHeads * kKeyDim}, 11)),
-        values_(drawn({kLatent, kHeads * kValueDim}, 12)),
+        keys_(random_tensor({kLatent, kHeads * kKeyDim}, 11)),
+        values_(random_tensor({kLatent, kHeads * kValueDim}, 12)),
         dkeys_(at::zeros_like(keys_)),
         dvalues_(at::zeros_like(values_)) {}
 
@@ -75,16 +66,6 @@ double worst(const at::Tensor& given, const at::Tensor& expected, const at::Tens
   return given.sub(expected).abs().max().item<double>() / whole.abs().max().item<double>();
 }
 
-SampleLoader row_numbers(const std::vector<std::int64_t>& lengths) {
-  return [lengths](std::int64_t id) {
-    const auto begin = std::accumulate(lengths.begin(), lengths.begin() + id, std::int64_t{0});
-    SampleTokens result;
-    result.tokens.resize(static_cast<std::size_t>(lengths[static_cast<std::size_t>(id)]));
-    std::iota(result.tokens.begin(), result.tokens.end(), static_cast<std::int32_t>(begin));
-    return result;
-  };
-}
-
 struct Whole {
   at::Tensor q, rows, dout;
   model::AttentionOutput output;
@@ -97,9 +78,9 @@ Whole solve_alone(Case c, const model::AttentionOptions& options) {
   c.ranks = {0};
   const auto plan = c.plan();
   const auto batch = build_batch(plan, plan.slots[0].units[0], 0, row_numbers(c.lengths), at::kCPU);
-  Whole whole{.q = drawn({total, kHeads, kKeyDim}, 1),
-              .rows = drawn({total, kLatent}, 2),
-              .dout = drawn({total, kHeads, kValueDim}, 3)};
+  Whole whole{.q = random_tensor({total, kHeads, kKeyDim}, 1),
+              .rows = random_tensor({total, kLatent}, 2),
+              .dout = random_tensor({total, kHeads, kValueDim}, 3)};
   Products keys(whole.rows);
   model::LocalAttention local;
   whole.output = local.forward_latent(whole.q, keys, batch, options);

@@ -3,13 +3,12 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <gtest/gtest.h>
 
 #include <vector>
 
+#include "exchange_sweep.h"
 #include "meshloom/comm/backends.h"
-#include "meshloom/core/random.h"
 
 namespace meshloom::parallel::tensor_parallel {
 namespace {
@@ -18,14 +17,7 @@ constexpr std::int64_t kIn = 12;
 constexpr std::int64_t kOut = 20;
 constexpr std::int64_t kVocabulary = 32;
 
-at::Tensor drawn(std::vector<std::int64_t> shape, std::uint64_t seed) {
-  at::Tensor tensor = at::empty(shape, at::TensorOptions().dtype(at::kDouble));
-  auto* data = tensor.mutable_data_ptr<double>();
-  for (std::int64_t i = 0; i < tensor.numel(); ++i) {
-    data[i] = random_normal(seed, static_cast<std::uint64_t>(i));
-  }
-  return tensor;
-}
+using exchange_sweep::random_tensor;
 
 void expect_near(const at::Tensor& given, const at::Tensor& expected) {
   ASSERT_EQ(given.sizes(), expected.sizes());
@@ -38,11 +30,12 @@ void expect_near(const at::Tensor& given, const at::Tensor& expected) {
 TEST(TensorParallel, ProductsAreThoseOfOneRank) {
   for (const int ranks : {1, 2, 4}) {
     for (const std::int64_t tokens : {0, 1, 3, 50, 1031}) {
-      const at::Tensor x = drawn({tokens, kIn}, 1);
-      const at::Tensor weight = drawn({kOut, kIn}, 2);  // split by output, then by input features
-      const at::Tensor bias = drawn({kOut}, 3);
-      const at::Tensor back = drawn({kIn, kOut}, 4);
-      const at::Tensor dy = drawn({tokens, kOut}, 5);
+      const at::Tensor x = random_tensor({tokens, kIn}, 1);
+      const at::Tensor weight =
+          random_tensor({kOut, kIn}, 2);  // split by output, then by input features
+      const at::Tensor bias = random_tensor({kOut}, 3);
+      const at::Tensor back = random_tensor({kIn, kOut}, 4);
+      const at::Tensor dy = random_tensor({tokens, kOut}, 5);
       comm::run_thread_ranks(ranks, [&](comm::Communicator group) {
         SCOPED_TRACE(std::to_string(ranks) + " ranks, " + std::to_string(tokens) + " tokens");
         TensorParallel parallel(group, tokens, kVocabulary);
